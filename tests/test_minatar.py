@@ -1,0 +1,51 @@
+"""What is MinAtar's alone: games, the published recipe as written elsewhere, and a short learning run."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+import pqn_minatar as pqn
+
+GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_all_games_train(game):
+    config = pqn.Config(**TINY | {"ENV_NAME": f"{game}-MinAtar", "TOTAL_TIMESTEPS": 64})
+    out = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))
+    assert np.isfinite(out["metrics"]["td_loss"]).all()
+
+
+def test_env_kwargs_go_where_they_belong():
+    kwargs = {"use_minimal_action_set": False, "max_steps_in_episode": 7}
+    env, params = pqn.make_env(pqn.Config(ENV_KWARGS=kwargs))
+    assert env.num_actions == 6 and params.max_steps_in_episode == 7
+
+
+def test_recipe_written_for_purejaxql_loads():
+    """The keys of purejaxql's MinAtar recipe."""
+    keys = {
+        "TOTAL_TIMESTEPS": 1e7, "TOTAL_TIMESTEPS_DECAY": 1e7, "NUM_ENVS": 128, "NUM_STEPS": 32, "EPS_START": 1.0,
+        "EPS_FINISH": 0.05, "EPS_DECAY": 0.1, "NUM_MINIBATCHES": 32, "NUM_EPOCHS": 2, "NORM_TYPE": "layer_norm",
+        "LR": 0.0005, "MAX_GRAD_NORM": 10, "LR_LINEAR_DECAY": True, "GAMMA": 0.99, "LAMBDA": 0.65,
+        "ENV_NAME": "Breakout-MinAtar", "ENV_KWARGS": {}, "TEST_DURING_TRAINING": True, "TEST_INTERVAL": 0.05,
+        "TEST_NUM_ENVS": 128, "EPS_TEST": 0.0, "ALG_NAME": "pqn", "NORM_INPUT": False, "REW_SCALE": 1.0,
+    }  # fmt: skip
+    config = pqn.Config(**keys)
+    assert config == pqn.Config(TOTAL_TIMESTEPS_DECAY=1e7) and config.NUM_UPDATES == 2441
+
+
+def test_schedules():
+    config = pqn.Config(TOTAL_TIMESTEPS=128 * 32 * 20, TEST_DURING_TRAINING=False, EPS_DECAY=0.5, NUM_MINIBATCHES=1)
+    metrics = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))["metrics"]
+    np.testing.assert_allclose(metrics["epsilon"][0, [0, 5, 10, 19]], [1, 0.525, 0.05, 0.05], rtol=1e-5)
+    np.testing.assert_allclose(metrics["learning_rate"][0, [0, 10, 19]], [5e-4, 2.5e-4, 2.5e-5], rtol=1e-5)
+
+
+def test_learns_breakout():
+    """A random policy's return is 0.5; 3e5 steps with the published recipe bring it above 3 (see docs)."""
+    config = pqn.Config(TOTAL_TIMESTEPS=3e5, TEST_INTERVAL=1.0)
+    metrics = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))["metrics"]
+    assert np.nanmean(metrics["returned_episode_returns"][:, -7:]) > 3
+    assert metrics["test/returned_episode_returns"][0, -1] > 3

@@ -1,0 +1,330 @@
+"""The harness: one-shot = chunked = resumed, the run folder, failures, the command line, notebooks."""
+
+import csv
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS, TINY, tiny_arguments
+
+QUICK = [name for name in ("pqn_minatar", "pqn_gymnax") if name in SCRIPTS]
+
+
+@pytest.fixture(params=QUICK)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def script(name):
+    return importlib.import_module(name)
+
+
+def equal_trees(a, b):
+    data = lambda x: np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)  # noqa: E731
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(data(x), data(y), equal_nan=True), a, b)))
+
+
+def read_csv(folder):
+    """metrics.csv as {column: [rows]} of text, without what a clock decides."""
+    with open(next(folder.glob("**/metrics.csv")), newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in ("time", "sps")} for row in csv.DictReader(file)]
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def test_one_shot_chunked_and_continued_training_are_the_same(script, tmp_path):
+    config = script.Config(**TINY)
+    keys = jax.random.split(jax.random.key(3), 2)
+    whole = script.make_train(config)(keys)
+    assert whole["metrics"]["td_loss"].shape == (2, 12)
+    run = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=str(tmp_path), LOG_INTERVAL=1)
+    assert equal_trees(whole["runner_state"], run["runner_state"])
+    for key, value in whole["metrics"].items():
+        np.testing.assert_array_equal(value, run["metrics"][key], err_msg=key)
+    train = script.make_train(config)
+    first = train(keys, num_updates=5)
+    second = train(state=first["runner_state"], num_updates=7)
+    assert equal_trees(whole["runner_state"], second["runner_state"])
+    joined = np.concatenate([first["metrics"]["qvals"], second["metrics"]["qvals"]], 1)
+    np.testing.assert_array_equal(whole["metrics"]["qvals"], joined)
+    averaged = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=None, LOG_INTERVAL=5)
+    assert equal_trees(whole["runner_state"], averaged["runner_state"]) and averaged["folder"] is None
+    np.testing.assert_array_equal(averaged["metrics"]["update_steps"][0], [5, 10, 12])
+    np.testing.assert_allclose(
+        averaged["metrics"]["td_loss"][:, 0], whole["metrics"]["td_loss"][:, :5].mean(1), rtol=1e-5
+    )
+
+
+def test_seed_alone_equals_seed_among_others(script):
+    train = script.make_train(script.Config(**TINY))
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = train(keys, num_updates=3)["metrics"]
+    alone = train(keys[1:2], num_updates=3)["metrics"]
+    for key in ("td_loss", "qvals", "grad_norm", "returned_episode_returns"):
+        np.testing.assert_allclose(together[key][1], alone[key][0], rtol=1e-4, atol=1e-5)
+
+
+def test_evaluations_do_not_disturb_training_and_end_with_the_run(script):
+    keys = jax.random.split(jax.random.key(0), 1)
+    with_tests = script.make_train(script.Config(**TINY))(keys)
+    without = script.make_train(script.Config(**TINY | {"TEST_DURING_TRAINING": False}))(keys)
+    assert equal_trees(with_tests["runner_state"], without["runner_state"])
+    evaluated = np.flatnonzero(np.isfinite(with_tests["metrics"]["test/unfinished"][0]))
+    assert evaluated.tolist() == [2, 5, 8, 11]
+    assert "test/unfinished" not in without["metrics"]
+
+
+def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, command, tmp_path):
+    updates = 300
+    arguments = [
+        *tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * updates),
+        "NUM_SEEDS=2",
+        "LOG_INTERVAL=2",
+        "CHECKPOINT_INTERVAL=10",
+    ]
+    process = command(name, *arguments, "SAVE_PATH=killed", wait=False)
+    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]*0/_CHECKPOINT_METADATA")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (folder,) = tmp_path.glob("killed/*/*")
+    done = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    assert 0 < done < updates
+    command(name, "RESUME=latest", "SAVE_PATH=killed")
+    command(name, *arguments, "SAVE_PATH=whole")
+    assert read_csv(tmp_path / "killed") == read_csv(tmp_path / "whole")
+    assert read_csv(tmp_path / "whole")["env_step"][-1] == str(4 * 8 * updates)
+    a, b = (next(tmp_path.glob(f"{path}/*/*/params.safetensors")).read_bytes() for path in ("killed", "whole"))
+    assert a == b
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit(name, command, tmp_path, number):
+    process = command(name, *tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 100_000), "LOG_INTERVAL=10", wait=False)
+    while "step/s" not in (text := process.stderr.readline(200)):
+        assert process.poll() is None, text
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err, out + err
+    assert "Stopped after" in out and "RESUME=" in out
+    (folder,) = tmp_path.glob("runs/*/*")
+    assert {"metrics.csv", "params.safetensors", "learning_curve.png", "config.yaml", "checkpoints"} <= set(
+        os.listdir(folder)
+    )
+
+
+def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
+    out = script.run(script.Config(**TINY), NUM_SEEDS=2, SAVE_PATH=str(tmp_path))
+    folder = out["folder"]
+    assert folder.parent.name == f"{script.SCRIPT}_{script.Config().ENV_NAME}_s0"
+    columns = read_csv(folder)
+    assert columns["seed"] == ["0", "1"] * 12 and columns["env_step"][-1] == str(TINY["TOTAL_TIMESTEPS"])
+    np.testing.assert_array_equal(np.float32(columns["td_loss"][::2]), out["metrics"]["td_loss"][0])
+    assert out["score"] == np.mean(out["metrics"]["test/returned_episode_returns"][:, -1])
+    assert (folder / "learning_curve.png").stat().st_size > 10_000
+    agent = script.load(folder)
+    assert agent.config == script.Config(**TINY)
+    state = out["runner_state"]
+    assert equal_trees(agent.variables["params"], state.params)
+    variables, obs = jax.tree.map(lambda x: x[1], agent.variables), state.obs[1]
+    expected = script.make_network(agent.config).apply({"params": jax.tree.map(lambda x: x[1], state.params)}, obs)
+    np.testing.assert_array_equal(agent.network.apply(variables, obs), expected)
+    assert "mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"NORM_INPUT": True}, {"NORM_TYPE": "batch_norm"}])
+def test_running_statistics_are_trained_saved_and_restored(script, tmp_path, changes):
+    config = script.Config(**TINY | changes)
+    out = script.run(config, SAVE_PATH=str(tmp_path))
+    agent = script.load(out["folder"])
+    mean = agent.variables["batch_stats"]["BatchNorm_0"]["mean"]
+    assert np.abs(mean).max() > 0
+    train = script.make_train(config)
+    state = jax.tree.map(lambda x: x[0], out["runner_state"])
+    loaded = state.replace(**jax.tree.map(lambda x: x[0], agent.variables))
+    evaluate = jax.jit(train.evaluate)
+    assert equal_trees(evaluate(state, jax.random.key(5)), evaluate(loaded, jax.random.key(5)))
+    longer = script.Config(**TINY | changes | {"TOTAL_TIMESTEPS": 2 * TINY["TOTAL_TIMESTEPS"]})
+    resumed = script.run(longer, RESUME=str(out["folder"]), SAVE_PATH=str(tmp_path))
+    assert resumed["metrics"]["update_steps"][0].tolist() == list(range(1, 25))
+
+
+def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, capsys):
+    """Saving fails until the last checkpoint, and the plot always: training ends, and the end is saved."""
+    failures, replace = [0], os.replace
+
+    def full(*args):
+        failures[0] += 1
+        if failures[0] < 8:
+            raise OSError(28, "No space left on device")
+        replace(*args)
+
+    def broken(*args):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(script.os, "replace", full)
+    monkeypatch.setattr(script, "learning_curve", broken)
+    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=1)
+    warnings = capsys.readouterr().err
+    assert "No space left on device" in warnings and "no fonts" in warnings
+    assert len(read_csv(out["folder"])["seed"]) == 12 and np.isfinite(out["score"])
+    assert equal_trees(script.load(out["folder"]).variables["params"], out["runner_state"].params)
+
+
+def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path):
+    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=4)
+    whole = read_csv(out["folder"])
+    for path in (out["folder"] / "checkpoints" / "12").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    resumed = script.run(RESUME=str(out["folder"]))
+    assert read_csv(out["folder"]) == whole and equal_trees(resumed["runner_state"], out["runner_state"])
+
+
+def test_nan_losses_are_reported_when_they_start(script, capsys):
+    changes = {"LR": 1e30, "MAX_GRAD_NORM": 1e30, "NORM_TYPE": "none"}
+    script.run(script.Config(**TINY | changes), SAVE_PATH=None)
+    err = capsys.readouterr().err
+    assert err.count("Warning: the loss of seed 0") == 1
+
+
+def test_unreachable_wandb_logs_offline(script, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    init, modes, logged = wandb.init, [], []
+
+    def unreachable(mode, **options):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no network")
+        log = init(mode=mode, **options)
+        monkeypatch.setattr(log, "log", lambda values, step: logged.append((step, values)))
+        return log
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    options = {"NUM_SEEDS": 2, "WANDB_MODE": "online", "WANDB_LOG_ALL_SEEDS": True}
+    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), **options)
+    assert modes == ["online", "offline"] and "wandb cannot be reached" in capsys.readouterr().err
+    assert [step for step, _ in logged] == list(range(1, 13))
+    values = logged[-1][1]
+    assert values["td_loss"] == pytest.approx(out["metrics"]["td_loss"][:, -1].mean())
+    assert values["rng1/td_loss"] == pytest.approx(out["metrics"]["td_loss"][1, -1])
+    assert not any(np.isnan(x) for _, values in logged for x in values.values())
+    assert list(out["folder"].glob("wandb/offline-run-*"))
+
+
+BAD = {
+    "unknown key": (["alg.LEARNING_RATE=1"], "LEARNING_RATE"),
+    "wrong type": (["alg.LR=fast"], "LR"),
+    "wrong type of a root key": (["NUM_SEEDS=many"], "NUM_SEEDS"),
+    "unknown recipe": (["+alg=nothing"], "nothing"),
+    "unknown game": (["alg.ENV_NAME=Pacman"], "ENV_NAME='Pacman'"),
+    "unknown ENV_KWARGS": (["+alg.ENV_KWARGS.speed=2"], "speed"),
+    "minibatches": (["alg.NUM_MINIBATCHES=33", "alg.NUM_ENVS=128"], "NUM_MINIBATCHES=33"),
+    "count": (["alg.NUM_ENVS=0"], "NUM_ENVS=0"),
+    "fraction of a count": (["alg.NUM_STEPS=1.5"], "NUM_STEPS=1.5"),
+    "too short": (["alg.TOTAL_TIMESTEPS=10"], "TOTAL_TIMESTEPS=10"),
+    "LAMBDA": (["alg.LAMBDA=1.1"], "LAMBDA=1.1"),
+    "GAMMA": (["alg.GAMMA=-0.1"], "GAMMA=-0.1"),
+    "EPS": (["alg.EPS_FINISH=2"], "EPS_FINISH=2.0"),
+    "NORM_TYPE": (["alg.NORM_TYPE=group_norm"], "NORM_TYPE='group_norm'"),
+    "seeds": (["NUM_SEEDS=0"], "NUM_SEEDS=0"),
+    "wandb mode": (["WANDB_MODE=sometimes"], "WANDB_MODE='sometimes'"),
+    "missing folder": (["RESUME=nowhere"], "nowhere"),
+    "nothing to resume": (["RESUME=latest"], "RESUME=latest"),
+    "unwritable": (["SAVE_PATH=/proc/runs"], "SAVE_PATH=/proc/runs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(name, command, tmp_path, case):
+    if name != "pqn_minatar" and case not in ("unknown game", "unknown ENV_KWARGS", "minibatches"):
+        pytest.skip("the same definitions: tried on one script")
+    arguments, text = BAD[case]
+    start = time.time()
+    process = command(name, *arguments, check=False)
+    assert process.returncode == 1 and "Traceback" not in process.stderr_text
+    line = next(line for line in process.stderr_text.splitlines() if text in line)
+    if "=" in text and not line.startswith("Error merging"):
+        assert line.startswith("Error: ")
+    assert "Compiled" not in process.stdout_text and time.time() - start < 60
+    assert not (tmp_path / "runs").exists()
+
+
+def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command, tmp_path):
+    command(name, *tiny_arguments())
+    (folder,) = tmp_path.glob("runs/*/*")
+    cases = [
+        ([f"RESUME={folder}", "alg.LR=0.5"], "LR=0.5 contradicts"),
+        ([f"RESUME={folder}", "SEED=1"], "SEED=1 contradicts"),
+        ([f"RESUME={folder}", "NUM_SEEDS=3"], "NUM_SEEDS=3 contradicts"),
+    ]
+    for arguments, text in cases:
+        process = command(name, *arguments, check=False)
+        assert process.returncode == 1 and text in process.stderr_text and "Traceback" not in process.stderr_text
+    (folder / "config.yaml").write_text("alg: [")
+    process = command(name, f"RESUME={folder}", check=False)
+    assert process.returncode == 1 and "config.yaml cannot be read" in process.stderr_text
+    foreign = next((r for s, r in {"pqn_minatar": "pqn_cartpole", "pqn_gymnax": "pqn"}.items() if s == name), None)
+    if (ROOT / f"configs/alg/{foreign}.yaml").exists():
+        process = command(name, f"+alg={foreign}", check=False)
+        assert process.returncode == 1 and "Traceback" not in process.stderr_text
+
+
+def test_sweep(name, command, tmp_path):
+    """A multirun returns the score of each job: Hydra's joblib or optuna plugins take it from there."""
+    command(name, "-m", "alg.LR=1e-3,5e-4", "SEED=0,1", *tiny_arguments(TOTAL_TIMESTEPS=1e2))
+    folders = list(tmp_path.glob("runs/*_s[01]/*"))
+    assert len(folders) == 4 and not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
+
+
+def test_script_alone_in_an_empty_folder(name, command, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    command(str(tmp_path / f"{name}.py"), "+alg=pqn", *tiny_arguments())
+    assert list(tmp_path.glob("runs/*/*/params.safetensors"))
+
+
+def test_in_a_notebook(name, tmp_path, cache):
+    """The file pasted into a cell defines without running; `run` in the next cell trains and shows its curve."""
+    nbformat = pytest.importorskip("nbformat")
+    from nbclient import NotebookClient
+
+    train = f"out = run(Config(**{TINY!r}), SAVE_PATH={str(tmp_path)!r})\nprint('score', out['score'])"
+    cells = [(ROOT / f"{name}.py").read_text(), train]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
+    assert notebook.cells[0].outputs == []
+    outputs = notebook.cells[1].outputs
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "score" in text and "step/s" in text
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_recipes_load_and_defaults_are_the_first(name, script):
+    from omegaconf import OmegaConf
+
+    recipes = {"pqn_minatar": ["pqn"], "pqn_gymnax": ["pqn_cartpole", "pqn_acrobot"]}[name]
+    configs = [script.Config(**OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")) for recipe in recipes]
+    assert configs[0] == script.Config()
+
+
+def test_root_config_restates_the_arguments_of_run(script):
+    import inspect
+
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/config.yaml"))
+    config.pop("defaults")
+    arguments = {p.name: p.default for p in inspect.signature(script.run).parameters.values() if p.name != "config"}
+    assert config == arguments
