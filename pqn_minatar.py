@@ -31,7 +31,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 SCRIPT = "pqn_minatar"
@@ -53,7 +54,7 @@ class UserError(ValueError):
 
 @dataclass
 class Config:
-    """Hyper-parameters, `alg.KEY=value` on the command line. Counts may be written 1e7; a wrong value is a ValueError."""
+    """Hyper-parameters, `alg.KEY=value` on the command line; counts may be written 1e7. Raises UserError if wrong."""
 
     ENV_NAME: str = "Breakout-MinAtar"  # Asterix-, Breakout-, Freeway-, Seaquest- or SpaceInvaders-MinAtar
     ENV_KWARGS: dict = field(default_factory=dict)  # for the environment's constructor or its parameters
@@ -104,7 +105,8 @@ def check(config, key, valid, allowed):
 
 def check_numbers(config):
     """Check types and ranges of a Config's fields, and make its counts integers."""
-    counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS TEST_NUM_ENVS TEST_NUM_STEPS"
+    counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
+    counts += "TEST_NUM_ENVS TEST_NUM_STEPS"
     fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA"
     for f in dataclasses.fields(config):
         value, key = getattr(config, f.name), f.name
@@ -143,7 +145,7 @@ def make_env(config):
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution without padding, [..., H, W, C] -> [..., H-2, W-2, features], with nn.Conv's parameters.
+    """A 3x3 convolution without padding, [C, H, W, B] -> [features, H-2, W-2, B], with nn.Conv's parameters.
 
     Written as one matrix product over nine shifted slices: nn.Conv's gradient is slow inside a loop on CPU (JAX issue
     12868), and under a vmap over seeds it becomes a grouped convolution, slow on GPU (JAX issue 13800).
@@ -153,15 +155,67 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.features))
+        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[0], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        height, width = x.shape[-3] - 2, x.shape[-2] - 2
-        patches = [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)]
-        return jnp.concatenate(patches, -1) @ kernel.reshape(-1, self.features) + bias
+        height, width = x.shape[1] - 2, x.shape[2] - 2
+        patches = jnp.concatenate([x[:, :, j : j + width] for j in range(3)])
+        patches = jnp.concatenate([patches[:, i : i + height] for i in range(3)])
+        x = kernel.reshape(-1, self.features).T @ patches.reshape(len(patches), -1) + bias[:, None]
+        return x.reshape(self.features, height, width, -1)
+
+
+class Dense(nn.Module):
+    """nn.Dense over the leading axis, [C, B] -> [features, B]."""
+
+    features: int
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (len(x), self.features))
+        return kernel.T @ x + self.param("bias", nn.initializers.zeros, (self.features,))[:, None]
+
+
+class LayerNorm(nn.Module):
+    """nn.LayerNorm over the leading axis, [C, ...] -> [C, ...]."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (len(x),))
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))
+        return layer_norm(x.reshape(len(x), -1), scale, bias).reshape(x.shape)
+
+
+@jax.custom_vjp
+def layer_norm(x, scale, bias):
+    """Normalise x [C, B] over C. Means are matrix products, and the gradient needs two: reductions are slow on CPU."""
+    return layer_norm_forward(x, scale, bias)[0]
+
+
+def layer_norm_forward(x, scale, bias):
+    """The function, and what its gradient needs."""
+    mean = partial(jnp.dot, jnp.full(len(x), 1 / len(x)), precision="highest")
+    x = x - mean(x)
+    rate = jax.lax.rsqrt(mean(x * x) + 1e-6)
+    return x * rate * scale[:, None] + bias[:, None], (x * rate, rate, scale)
+
+
+def layer_norm_backward(residuals, grad):
+    """The gradients for x, scale and bias."""
+    x, rate, scale = residuals
+    scaled_mean, product = partial(jnp.dot, scale / len(x), precision="highest"), grad * x
+    grad_x = rate * (grad * scale[:, None] - scaled_mean(grad) - x * scaled_mean(product))
+    return grad_x, product.sum(1), grad.sum(1)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
 
 
 class QNetwork(nn.Module):
-    """Q(s, .): [..., H, W, C] -> [..., A]. A normalisation layer stands between each hidden layer and its ReLU."""
+    """Q(s, .): [..., H, W, C] -> [..., A]. A normalisation layer stands between each hidden layer and its ReLU.
+
+    Inside, features lead and the batch is last: products and normalisation then run along long rows, fast on CPU.
+    """
 
     num_actions: int
     norm_type: str = "layer_norm"
@@ -169,13 +223,15 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        batch_norm = partial(nn.BatchNorm, use_running_average=not train)
-        norm = {"layer_norm": nn.LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
+        batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
+        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
+        batch = x.shape[:-3]
+        x = x.reshape(-1, *x.shape[-3:]).transpose(3, 1, 2, 0)
         x = batch_norm()(x) if self.norm_input else x
         x = nn.relu(norm()(Conv(16)(x)))
-        x = x.reshape(*x.shape[:-3], -1)
-        x = nn.relu(norm()(nn.Dense(128, kernel_init=nn.initializers.he_normal())(x)))
-        return nn.Dense(self.num_actions)(x)
+        x = x.reshape(-1, x.shape[-1])
+        x = nn.relu(norm()(Dense(128, nn.initializers.he_normal())(x)))
+        return Dense(self.num_actions)(x).T.reshape(*batch, -1)
 
 
 class Transition(NamedTuple):
@@ -205,10 +261,9 @@ class TrainState(struct.PyTreeNode):
 
 def epsilon_greedy(key, q_values, epsilon):
     """A random action with probability epsilon, else the greedy one. q_values: [..., A] -> actions [...]."""
-    key_explore, key_action = jax.random.split(key)
-    greedy = q_values.argmax(-1)
-    explore = jax.random.uniform(key_explore, greedy.shape) < epsilon
-    return jnp.where(explore, jax.random.randint(key_action, greedy.shape, 0, q_values.shape[-1]), greedy)
+    explore, choice = jax.random.uniform(key, (2, *q_values.shape[:-1]))
+    random_action = (choice * q_values.shape[-1]).astype(jnp.int32)
+    return jnp.where(explore < epsilon, random_action, q_values.argmax(-1))
 
 
 def q_lambda_targets(reward, discount, next_value, trace):
@@ -228,9 +283,9 @@ def q_lambda_targets(reward, discount, next_value, trace):
 
 
 def shuffle_minibatches(key, batch, num_minibatches):
-    """Shuffle a tree of [T, N, ...] along both axes by one permutation: a tree of [num_minibatches, T*N/num_minibatches, ...]."""
+    """Shuffle [T, N, ...] along both axes, all leaves alike: [num_minibatches, T * N / num_minibatches, ...]."""
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    order = jax.random.permutation(key, len(jax.tree.leaves(batch)[0])).reshape(num_minibatches, -1)
+    order = jnp.argsort(jax.random.bits(key, len(jax.tree.leaves(batch)[0]))).reshape(num_minibatches, -1)
     return jax.tree.map(lambda x: x[order], batch)
 
 
@@ -276,12 +331,10 @@ def make_train(config):
     def rollout(state):
         epsilon = epsilon_schedule(state.update_steps)
 
-        def step(carry, t):
-            state, final_obs = carry
-            key, key_act, key_step = jax.random.split(state.key, 3)
+        def step(carry, inputs):
+            (state, final_obs), (t, key_act, keys_step) = carry, inputs
             q_values = q_function(state, state.obs)
             action = epsilon_greedy(key_act, q_values, epsilon)
-            keys_step = jax.random.split(key_step, config.NUM_ENVS)
             obs, env_state, reward, terminated, truncated, info = env_step(
                 keys_step, state.env_state, action, env_params
             )
@@ -290,15 +343,16 @@ def make_train(config):
             kept = jnp.where(where_truncated, info["final_observation"], final_obs[t // block])
             final_obs = final_obs.at[t // block].set(kept)
             done, returns, lengths = terminated | truncated, state.episode_return + reward, state.episode_length + 1
-            state = state.replace(
-                key=key, env_state=env_state, obs=obs, episode_return=returns * ~done, episode_length=lengths * ~done
-            )
+            state = state.replace(env_state=env_state, obs=obs)
+            state = state.replace(episode_return=returns * ~done, episode_length=lengths * ~done)
             return (state, final_obs), (transition, (done, returns, lengths))
 
+        key, key_act, key_step = jax.random.split(state.key, 3)
+        keys_act = jax.random.split(key_act, config.NUM_STEPS)
+        keys_step = jax.random.split(key_step, (config.NUM_STEPS, config.NUM_ENVS))
         final_obs = jnp.zeros((num_blocks, *state.obs.shape), state.obs.dtype)
-        (state, final_obs), (trajectory, episodes) = jax.lax.scan(
-            step, (state, final_obs), jnp.arange(config.NUM_STEPS)
-        )
+        carry, inputs = (state.replace(key=key), final_obs), (jnp.arange(config.NUM_STEPS), keys_act, keys_step)
+        (state, final_obs), (trajectory, episodes) = jax.lax.scan(step, carry, inputs)
         return state, trajectory, final_obs, episodes
 
     # TARGETS
@@ -374,35 +428,39 @@ def make_train(config):
             "test/unfinished": jnp.sum(~ended).astype(jnp.float32),
         }
 
-    # THE WHOLE RUN: a scan over vmapped updates, so that its conditions stay conditions
+    # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
     def update_seeds(state):
-        state, metrics = jax.vmap(update)(state)
+        # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
+        state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
             test = partial(jax.vmap(evaluate), state, keys[:, 1])
-            due = (config.NUM_UPDATES - state.update_steps[0]) % max(
-                1, int(config.NUM_UPDATES * config.TEST_INTERVAL)
-            ) == 0
+            test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
+            due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
             metrics |= jax.lax.cond(due, test, lambda: nan_like(jax.eval_shape(test)))
         return state.replace(key=keys[:, 0]), metrics
 
-    @partial(jax.jit, donate_argnums=0)
     def updates(state, active):
         _, shapes = jax.eval_shape(update_seeds, state)
-        return jax.lax.scan(
-            lambda state, active: jax.lax.cond(active, update_seeds, lambda state: (state, nan_like(shapes)), state),
-            state,
-            active,
-        )
+        idle = lambda state: (state, nan_like(shapes))  # noqa: E731
+        return jax.lax.scan(lambda state, active: jax.lax.cond(active, update_seeds, idle, state), state, active)
+
+    @cache
+    def compiled(mesh):
+        seeds, rows = PartitionSpec("seed"), PartitionSpec(None, "seed")
+        specs = {"in_specs": (seeds, PartitionSpec()), "out_specs": (seeds, rows), "check_vma": False}
+        return jax.jit(jax.vmap(init)), jax.jit(jax.shard_map(updates, mesh=mesh, **specs), donate_argnums=0)
 
     def train(keys=None, state=None, num_updates=config.NUM_UPDATES, length=None):
         """Train one agent per key (`keys` [num_seeds]), or go on from `state`, which is consumed, for `num_updates`.
 
         Returns {"runner_state": every leaf [num_seeds, ...], "metrics": each [num_seeds, num_updates]}. Seeds are spread
-        over all local devices. Calls of equal `length` >= num_updates share one compiled program.
+        over the local devices. Calls of equal `length` >= num_updates share one compiled program.
         """
-        state = shard_seeds(jax.jit(jax.vmap(init))(shard_seeds(keys)) if state is None else state)
-        state, metrics = updates(state, jnp.arange(length or num_updates) < num_updates)
+        mesh = seed_mesh(len(jax.tree.leaves(state if keys is None else keys)[0]))
+        init_seeds, update_many = compiled(mesh)
+        state = jax.device_put(init_seeds(keys) if state is None else state, NamedSharding(mesh, PartitionSpec("seed")))
+        state, metrics = update_many(state, jnp.arange(length or num_updates) < num_updates)
         return {"runner_state": state, "metrics": jax.tree.map(lambda x: x[:num_updates].T, metrics)}
 
     vars(train).update(init=init, rollout=rollout, targets=targets, learn=learn, update=update, evaluate=evaluate)
@@ -410,18 +468,16 @@ def make_train(config):
 
 
 def nan_like(shapes):
-    """A tree of NaN (0 where integer) of the given shapes."""
-    return jax.tree.map(
-        lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), shapes
-    )
+    """A tree of NaN, 0 where integer, of the given shapes."""
+    value = {True: jnp.nan, False: 0}
+    return jax.tree.map(lambda x: jnp.full(x.shape, value[jnp.issubdtype(x.dtype, jnp.floating)], x.dtype), shapes)
 
 
-def shard_seeds(tree):
-    """Spread the leading axis, seeds, over as many local devices as divide it."""
-    num_seeds, devices = len(jax.tree.leaves(tree)[0]), jax.local_devices()
+def seed_mesh(num_seeds):
+    """A mesh of as many local devices as divide the seeds."""
+    devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if num_seeds % n == 0)
-    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("seed",))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("seed")))
+    return Mesh(np.array(devices[:count]), ("seed",))
 
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
@@ -690,7 +746,10 @@ def run(
         print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
 
     train, rows, done, checkpoints, log = make_train(config), [], 0, None, None
-    state = jax.jit(jax.vmap(train.init))(shard_seeds(jax.random.split(jax.random.key(settings["SEED"]), num_seeds)))
+    keys = jax.random.split(jax.random.key(settings["SEED"]), num_seeds)
+    start = time.time()
+    state = train(keys, num_updates=0, length=log_interval)["runner_state"]
+    print(f"Compiled in {time.time() - start:.1f} s for {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     if folder:
         import orbax.checkpoint as ocp
 
@@ -701,9 +760,6 @@ def run(
         print(f"Run folder: {folder}")
     if settings["WANDB_MODE"] != "disabled":
         log = attempt("starting wandb", start_wandb, config, folder, settings)
-    start = time.time()
-    state = train(state=state, num_updates=0, length=log_interval)["runner_state"]
-    print(f"Compiled in {time.time() - start:.1f} s for {jax.local_device_count()} x {jax.devices()[0].device_kind}")
 
     start, finite = time.time() - (rows[-1]["time"][0] if rows else 0), np.full(num_seeds, True)
     scale = {"total": num_updates * batch * num_seeds, "initial": done * batch * num_seeds, "unit_scale": True}

@@ -104,25 +104,30 @@ def test_shuffle_minibatches_is_one_permutation_of_all_leaves():
 
 
 def compare_layers(ours, theirs, x):
-    """Two flax modules are the same function of the same parameters, and have the same gradients."""
+    """Ours, features first and batch last, is theirs, and so are its gradients; x is laid out as theirs wants it."""
     params = theirs.init(jax.random.key(0), x)
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(1), p.shape), params)
-    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, params)
+    flip = lambda x: x.transpose(*range(1, x.ndim), 0) if x.ndim == 2 else x.transpose(3, 1, 2, 0)  # noqa: E731
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), flip(x))) == jax.tree.map(jnp.shape, params)
 
     def loss(module, params, x):
-        y = module.apply(params, x)
+        y = module(params, x)
         return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape) / y.size)
 
-    ours, theirs = (
-        jax.value_and_grad(lambda p, x, m=m: loss(m, p, x), argnums=(0, 1))(params, x) for m in (ours, theirs)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), ours, theirs)
+    modules = (lambda p, x: flip(ours.apply(p, flip(x))), theirs.apply)
+    ours, theirs = (jax.value_and_grad(lambda p, x, m=m: loss(m, p, x), argnums=(0, 1))(params, x) for m in modules)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5, rtol=1e-4), ours, theirs)
 
 
-def test_conv_is_flax_conv():
-    compare_layers(
-        pqn.Conv(16), nn.Conv(16, (3, 3), padding="VALID"), jax.random.normal(jax.random.key(2), (5, 10, 10, 4))
-    )
+@pytest.mark.parametrize("shape", [(6, 256), (5, 8, 8, 16)])
+def test_layer_norm_is_flax_layer_norm(shape):
+    compare_layers(pqn.LayerNorm(), nn.LayerNorm(), 3 + 2 * jax.random.normal(jax.random.key(2), shape))
+
+
+def test_dense_and_conv_are_flax_dense_and_conv():
+    compare_layers(pqn.Dense(7), nn.Dense(7), jax.random.normal(jax.random.key(2), (6, 5)))
+    x = jax.random.normal(jax.random.key(2), (5, 10, 10, 4))
+    compare_layers(pqn.Conv(16), nn.Conv(16, (3, 3), padding="VALID"), x)
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "none"])

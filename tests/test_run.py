@@ -2,12 +2,9 @@
 
 import csv
 import importlib
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
