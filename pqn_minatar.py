@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax>=0.10", "flax>=0.12", "optax>=0.2.5", "numpy>=2.0", "gymnax>=1.0.1", "six",
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "gymnax>=1.0.1", "six",
 #   "hydra-core>=1.3.2", "omegaconf>=2.3", "orbax-checkpoint>=0.11", "safetensors>=0.5",
 #   "matplotlib>=3.8", "rich>=13", "tqdm>=4.66", "wandb>=0.19",
 # ]
@@ -106,7 +106,7 @@ def check(config, key, valid, allowed):
 def check_numbers(config):
     """Check types and ranges of a Config's fields, and make its counts integers."""
     counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
-    counts += "TEST_NUM_ENVS TEST_NUM_STEPS"
+    counts += "TEST_NUM_ENVS TEST_NUM_STEPS HIDDEN_SIZE NUM_LAYERS"
     fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA"
     for f in dataclasses.fields(config):
         value, key = getattr(config, f.name), f.name
@@ -135,13 +135,17 @@ def check_numbers(config):
 def make_env(config):
     """The environment of a Config and its parameters; each of ENV_KWARGS goes to the one that knows it."""
     check(config, "ENV_NAME", config.ENV_NAME in gymnax.registered_envs, f"one of {', '.join(gymnax.registered_envs)}")
-    env, params = gymnax.make(config.ENV_NAME)
-    arguments = {name for name in inspect.signature(type(env).__init__).parameters if name != "self"}
-    fields = {f.name for f in dataclasses.fields(params)}
-    unknown = set(config.ENV_KWARGS) - arguments - fields
-    check(config, "ENV_KWARGS", not unknown, f"made of {', '.join(sorted(arguments | fields))}")
-    env, params = gymnax.make(config.ENV_NAME, **{k: v for k, v in config.ENV_KWARGS.items() if k in arguments})
-    return env, params.replace(**{k: v for k, v in config.ENV_KWARGS.items() if k in fields})
+    kwargs = config.ENV_KWARGS
+    try:
+        env, params = gymnax.make(config.ENV_NAME)
+        arguments = {name for name in inspect.signature(type(env).__init__).parameters if name != "self"}
+        fields = {f.name for f in dataclasses.fields(params)}
+        if unknown := set(kwargs) - arguments - fields:
+            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(arguments | fields))}")
+        env, params = gymnax.make(config.ENV_NAME, **{key: kwargs[key] for key in arguments & set(kwargs)})
+        return env, params.replace(**{key: kwargs[key] for key in fields & set(kwargs)})
+    except Exception as error:
+        raise UserError(f"alg.ENV_NAME={config.ENV_NAME} alg.ENV_KWARGS={kwargs} cannot be made: {error}") from None
 
 
 class Conv(nn.Module):
@@ -226,7 +230,7 @@ class QNetwork(nn.Module):
         batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
         norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
         batch = x.shape[:-3]
-        x = x.reshape(-1, *x.shape[-3:]).transpose(3, 1, 2, 0)
+        x = x.reshape(-1, *x.shape[-3:]).transpose(3, 1, 2, 0).astype(jnp.float32)
         x = batch_norm()(x) if self.norm_input else x
         x = nn.relu(norm()(Conv(16)(x)))
         x = x.reshape(-1, x.shape[-1])

@@ -1,0 +1,852 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "gymnax>=1.0.1", "six",
+#   "hydra-core>=1.3.2", "omegaconf>=2.3", "orbax-checkpoint>=0.11", "safetensors>=0.5",
+#   "matplotlib>=3.8", "rich>=13", "tqdm>=4.66", "wandb>=0.19",
+# ]
+# ///
+"""PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) on gymnax, in one file. Documentation: docs/pqn_gymnax.md
+
+    python pqn_gymnax.py                                                 # CartPole with the defaults of Config
+    python pqn_gymnax.py +alg=pqn_acrobot NUM_SEEDS=10
+    python pqn_gymnax.py alg.ENV_NAME=Catch-bsuite alg.REW_SCALE=1       # any environment with discrete actions
+    python pqn_gymnax.py RESUME=latest                                   # go on with a run that was stopped
+
+From Python, or after pasting this file into a notebook cell: `out = run(Config(TOTAL_TIMESTEPS=5e5), NUM_SEEDS=10)`.
+"""
+
+import csv
+import dataclasses
+import importlib.metadata
+import inspect
+import io
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+SCRIPT = "pqn_gymnax"
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its message is one line with the key, the value and what is allowed."""
+
+
+@dataclass
+class Config:
+    """Hyper-parameters, `alg.KEY=value` on the command line; counts may be written 1e7. Raises UserError if wrong."""
+
+    ENV_NAME: str = "CartPole-v1"  # any gymnax environment with discrete actions
+    ENV_KWARGS: dict = field(default_factory=dict)  # for the environment's constructor or its parameters
+    ALG_NAME: str = "pqn_cartpole"  # a label for logs
+    TOTAL_TIMESTEPS: float = 5e5  # environment steps of one seed
+    TOTAL_TIMESTEPS_DECAY: float | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
+    NUM_ENVS: float = 32  # environments in parallel, N
+    NUM_STEPS: float = 64  # steps of each environment between updates, T
+    NUM_MINIBATCHES: float = 16  # gradient steps per epoch; must divide N * T
+    NUM_EPOCHS: float = 4  # passes over a rollout
+    EPS_START: float = 1.0  # exploration: probability of a random action, at the start
+    EPS_FINISH: float = 0.2  # and at the end
+    EPS_DECAY: float = 0.2  # fraction of the schedule after which EPS_FINISH is reached
+    LR: float = 1e-4  # RAdam's step size
+    LR_LINEAR_DECAY: bool = True  # linearly to 0 over the schedule
+    MAX_GRAD_NORM: float = 10.0  # clipping of the gradient's global norm
+    GAMMA: float = 0.99  # discount
+    LAMBDA: float = 0.95  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
+    REW_SCALE: float = 0.1  # scales the rewards learned from, never those reported
+    HIDDEN_SIZE: float = 256  # units of each hidden layer
+    NUM_LAYERS: float = 2  # hidden layers
+    NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
+    NORM_INPUT: bool = False  # batch-normalise observations
+    TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL; a run ends with an evaluation either way
+    TEST_INTERVAL: float = 0.1  # as a fraction of all updates
+    TEST_NUM_ENVS: float = 128  # episodes per evaluation
+    TEST_NUM_STEPS: float | None = None  # at most this many steps each; null: the environment's time limit
+    EPS_TEST: float = 0.0  # exploration in evaluation
+
+    def __post_init__(self):
+        check_numbers(self)
+        env, params = make_env(self)
+        discrete = isinstance(env.action_space(params), gymnax.environments.spaces.Discrete)
+        check(self, "ENV_NAME", discrete, "an environment with discrete actions")
+        check(
+            self, "NORM_TYPE", self.NORM_TYPE in ("layer_norm", "batch_norm", "none"), "layer_norm, batch_norm or none"
+        )
+
+    @property
+    def NUM_UPDATES(self):
+        """Updates of one run; each takes NUM_ENVS * NUM_STEPS environment steps."""
+        return self.TOTAL_TIMESTEPS // (self.NUM_ENVS * self.NUM_STEPS)
+
+
+def check(config, key, valid, allowed):
+    """Raise a UserError that names the key, its value and what is allowed, unless valid."""
+    if not valid:
+        raise UserError(f"alg.{key}={getattr(config, key)!r} is not allowed: must be {allowed}")
+
+
+def check_numbers(config):
+    """Check types and ranges of a Config's fields, and make its counts integers."""
+    counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
+    counts += "TEST_NUM_ENVS TEST_NUM_STEPS HIDDEN_SIZE NUM_LAYERS"
+    fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA"
+    for f in dataclasses.fields(config):
+        value, key = getattr(config, f.name), f.name
+        if value is None and f.type == (float | None):
+            continue
+        if f.type in (float, float | None):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+            check(config, key, number, "a finite number")
+        else:
+            check(config, key, isinstance(value, f.type), f"of type {f.type.__name__}")
+        if key in counts.split():
+            check(config, key, value >= 1 and value == int(value), "a whole number of at least 1")
+            setattr(config, key, int(value))
+        if key in fractions.split():
+            check(config, key, 0 <= value <= 1, "between 0 and 1")
+    for key in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL"):
+        check(config, key, getattr(config, key) > 0, "greater than 0")
+    check(config, "TEST_INTERVAL", config.TEST_INTERVAL <= 1, "a fraction of the run, at most 1")
+    batch = config.NUM_ENVS * config.NUM_STEPS
+    check(
+        config, "NUM_MINIBATCHES", batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
+    )
+    check(config, "TOTAL_TIMESTEPS", config.NUM_UPDATES >= 1, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
+
+
+def make_env(config):
+    """The environment of a Config and its parameters; each of ENV_KWARGS goes to the one that knows it."""
+    check(config, "ENV_NAME", config.ENV_NAME in gymnax.registered_envs, f"one of {', '.join(gymnax.registered_envs)}")
+    kwargs = config.ENV_KWARGS
+    try:
+        env, params = gymnax.make(config.ENV_NAME)
+        arguments = {name for name in inspect.signature(type(env).__init__).parameters if name != "self"}
+        fields = {f.name for f in dataclasses.fields(params)}
+        if unknown := set(kwargs) - arguments - fields:
+            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(arguments | fields))}")
+        env, params = gymnax.make(config.ENV_NAME, **{key: kwargs[key] for key in arguments & set(kwargs)})
+        return env, params.replace(**{key: kwargs[key] for key in fields & set(kwargs)})
+    except Exception as error:
+        raise UserError(f"alg.ENV_NAME={config.ENV_NAME} alg.ENV_KWARGS={kwargs} cannot be made: {error}") from None
+
+
+class Dense(nn.Module):
+    """nn.Dense over the leading axis, [C, B] -> [features, B]."""
+
+    features: int
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (len(x), self.features))
+        return kernel.T @ x + self.param("bias", nn.initializers.zeros, (self.features,))[:, None]
+
+
+class LayerNorm(nn.Module):
+    """nn.LayerNorm over the leading axis, [C, ...] -> [C, ...]."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (len(x),))
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))
+        return layer_norm(x.reshape(len(x), -1), scale, bias).reshape(x.shape)
+
+
+@jax.custom_vjp
+def layer_norm(x, scale, bias):
+    """Normalise x [C, B] over C. Means are matrix products, and the gradient needs two: reductions are slow on CPU."""
+    return layer_norm_forward(x, scale, bias)[0]
+
+
+def layer_norm_forward(x, scale, bias):
+    """The function, and what its gradient needs."""
+    mean = partial(jnp.dot, jnp.full(len(x), 1 / len(x)), precision="highest")
+    x = x - mean(x)
+    rate = jax.lax.rsqrt(mean(x * x) + 1e-6)
+    return x * rate * scale[:, None] + bias[:, None], (x * rate, rate, scale)
+
+
+def layer_norm_backward(residuals, grad):
+    """The gradients for x, scale and bias."""
+    x, rate, scale = residuals
+    scaled_mean, product = partial(jnp.dot, scale / len(x), precision="highest"), grad * x
+    grad_x = rate * (grad * scale[:, None] - scaled_mean(grad) - x * scaled_mean(product))
+    return grad_x, product.sum(1), grad.sum(1)
+
+
+layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+
+
+class QNetwork(nn.Module):
+    """Q(s, .): [..., *obs_shape] -> [..., A]. A normalisation layer stands between each hidden layer and its ReLU.
+
+    Inside, features lead and the batch is last: products and normalisation then run along long rows, fast on CPU.
+    """
+
+    num_actions: int
+    norm_type: str = "layer_norm"
+    norm_input: bool = False
+    hidden_size: int = 256
+    num_layers: int = 2
+    obs_shape: tuple = ()
+    num_categories: int = 0  # of a discrete observation, which becomes one-hot; 0 where it is not
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
+        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
+        batch = x.shape[: x.ndim - len(self.obs_shape)]
+        x = jax.nn.one_hot(x, self.num_categories) if self.num_categories else x
+        x = x.reshape(math.prod(batch), -1).T.astype(jnp.float32)
+        x = batch_norm()(x) if self.norm_input else x
+        for _ in range(self.num_layers):
+            x = nn.relu(norm()(Dense(self.hidden_size)(x)))
+        return Dense(self.num_actions)(x).T.reshape(*batch, -1)
+
+
+class Transition(NamedTuple):
+    """One step of a rollout, each field [T, N, ...]."""
+
+    obs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    terminated: jax.Array  # the environment ended the episode
+    truncated: jax.Array  # a time limit did
+    value: jax.Array  # max_a Q(s_t, a), by the parameters that acted
+
+
+class TrainState(struct.PyTreeNode):
+    """All that one seed needs to go on; what a checkpoint holds."""
+
+    key: jax.Array
+    update_steps: jax.Array
+    params: Any
+    batch_stats: Any  # running statistics of BatchNorm; empty without it
+    opt_state: Any
+    env_state: Any
+    obs: jax.Array  # [N, ...]
+    episode_return: jax.Array  # [N], of the episodes under way
+    episode_length: jax.Array
+
+
+def epsilon_greedy(key, q_values, epsilon):
+    """A random action with probability epsilon, else the greedy one. q_values: [..., A] -> actions [...]."""
+    explore, choice = jax.random.uniform(key, (2, *q_values.shape[:-1]))
+    random_action = (choice * q_values.shape[-1]).astype(jnp.int32)
+    return jnp.where(explore < epsilon, random_action, q_values.argmax(-1))
+
+
+def q_lambda_targets(reward, discount, next_value, trace):
+    """Q(lambda) returns (Peng's; arXiv 2407.04811, section 4), all arguments and the result [T, N].
+
+    G_t = r_t + discount_t * ((1 - trace_t) * V(s'_t) + trace_t * G_{t+1}), with V(s'_t) for G_{t+1} at the last step.
+    next_value: V(s'_t) = max_a Q(s'_t, a) of the state the action led to, before any reset;
+    discount: gamma * (1 - terminated); trace: lambda * (1 - done), done = terminated or truncated.
+    """
+
+    def step(next_return, t):
+        reward_t, discount_t, next_value_t, trace_t = t
+        target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
+        return target, target
+
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True)[1]
+
+
+def shuffle_minibatches(key, batch, num_minibatches):
+    """Shuffle [T, N, ...] along both axes, all leaves alike: [num_minibatches, T * N / num_minibatches, ...]."""
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    order = jnp.argsort(jax.random.bits(key, len(jax.tree.leaves(batch)[0]))).reshape(num_minibatches, -1)
+    return jax.tree.map(lambda x: x[order], batch)
+
+
+def make_network(config):
+    """The Q-network of a Config."""
+    env, env_params = make_env(config)
+    space = env.observation_space(env_params)
+    num_categories = space.n if isinstance(space, gymnax.environments.spaces.Discrete) else 0
+    sizes = (config.HIDDEN_SIZE, config.NUM_LAYERS, space.shape, num_categories)
+    return QNetwork(env.num_actions, config.NORM_TYPE, config.NORM_INPUT, *sizes)
+
+
+def make_train(config):
+    """Build `train(keys)`: a whole run for each key, compiled as one program, seeds vmapped (see its docstring)."""
+    env, env_params = make_env(config)
+    env_reset, env_step = jax.vmap(env.reset, (0, None)), jax.vmap(env.step, (0, 0, 0, None))
+    time_limit = int(getattr(env_params, "max_steps_in_episode", 1))
+    network = make_network(config)
+    decay_updates = (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) // (config.NUM_ENVS * config.NUM_STEPS)
+    grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
+    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, config.EPS_DECAY * decay_updates)
+    lr_schedule = optax.linear_schedule(
+        config.LR, 0.0 if config.LR_LINEAR_DECAY else config.LR, decay_updates * grad_steps
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
+
+    def q_function(state, obs):
+        return network.apply({"params": state.params, "batch_stats": state.batch_stats}, obs)
+
+    def init(key):
+        key, key_network, key_reset = jax.random.split(key, 3)
+        obs, env_state = env_reset(jax.random.split(key_reset, config.NUM_ENVS), env_params)
+        variables = network.init(key_network, obs)
+        params, zeros = variables["params"], jnp.zeros(config.NUM_ENVS)
+        return TrainState(
+            key=key, update_steps=jnp.int32(0), params=params, batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(params), env_state=env_state, obs=obs, episode_return=zeros, episode_length=zeros,
+        )  # fmt: skip
+
+    # An environment truncates at most once in any `time_limit` steps. So one final observation per environment and
+    # block of that many steps is kept, and evaluated once, instead of one per step.
+    block = min(time_limit, config.NUM_STEPS)
+    num_blocks = -(-config.NUM_STEPS // block)
+
+    # ROLLOUT
+    def rollout(state):
+        epsilon = epsilon_schedule(state.update_steps)
+
+        def step(carry, inputs):
+            (state, final_obs), (t, key_act, keys_step) = carry, inputs
+            q_values = q_function(state, state.obs)
+            action = epsilon_greedy(key_act, q_values, epsilon)
+            obs, env_state, reward, terminated, truncated, info = env_step(
+                keys_step, state.env_state, action, env_params
+            )
+            transition = Transition(state.obs, action, reward, terminated, truncated, q_values.max(-1))
+            where_truncated = truncated.reshape(-1, *[1] * (obs.ndim - 1))
+            kept = jnp.where(where_truncated, info["final_observation"], final_obs[t // block])
+            final_obs = final_obs.at[t // block].set(kept)
+            done, returns, lengths = terminated | truncated, state.episode_return + reward, state.episode_length + 1
+            state = state.replace(env_state=env_state, obs=obs)
+            state = state.replace(episode_return=returns * ~done, episode_length=lengths * ~done)
+            return (state, final_obs), (transition, (done, returns, lengths))
+
+        key, key_act, key_step = jax.random.split(state.key, 3)
+        keys_act = jax.random.split(key_act, config.NUM_STEPS)
+        keys_step = jax.random.split(key_step, (config.NUM_STEPS, config.NUM_ENVS))
+        final_obs = jnp.zeros((num_blocks, *state.obs.shape), state.obs.dtype)
+        carry, inputs = (state.replace(key=key), final_obs), (jnp.arange(config.NUM_STEPS), keys_act, keys_step)
+        (state, final_obs), (trajectory, episodes) = jax.lax.scan(step, carry, inputs)
+        return state, trajectory, final_obs, episodes
+
+    # TARGETS
+    def targets(state, trajectory, final_obs):
+        value = q_function(state, jnp.concatenate([state.obs[None], final_obs])).max(-1)
+        next_value = jnp.concatenate([trajectory.value[1:], value[:1]])
+        final_value = jnp.repeat(value[1:], block, axis=0)[: config.NUM_STEPS]
+        next_value = jnp.where(trajectory.truncated, final_value, next_value)
+        discount = config.GAMMA * (1.0 - trajectory.terminated)
+        trace = config.LAMBDA * (1.0 - (trajectory.terminated | trajectory.truncated))
+        return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace)
+
+    # LEARNING
+    def learn(state, minibatch):
+        obs, action, target = minibatch
+
+        def loss(params):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            q_values, updated = network.apply(variables, obs, train=True, mutable=["batch_stats"])
+            q_action = jnp.sum(q_values * jax.nn.one_hot(action, q_values.shape[-1]), -1)
+            return 0.5 * jnp.square(q_action - target).mean(), (q_action.mean(), updated.get("batch_stats", {}))
+
+        (td_loss, (qvals, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        state = state.replace(
+            params=optax.apply_updates(state.params, changes), batch_stats=batch_stats, opt_state=opt_state
+        )
+        return state, {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
+
+    # ONE UPDATE
+    def update(state):
+        metrics = {
+            "epsilon": epsilon_schedule(state.update_steps),
+            "learning_rate": lr_schedule(state.update_steps * grad_steps),
+        }
+        state, trajectory, final_obs, (done, returns, lengths) = rollout(state)
+        batch = (trajectory.obs, trajectory.action, targets(state, trajectory, final_obs))
+        key, key_shuffle = jax.random.split(state.key)
+
+        def epoch(state, key):
+            return jax.lax.scan(learn, state, shuffle_minibatches(key, batch, config.NUM_MINIBATCHES))
+
+        state, losses = jax.lax.scan(epoch, state.replace(key=key), jax.random.split(key_shuffle, config.NUM_EPOCHS))
+        state = state.replace(update_steps=state.update_steps + 1)
+        metrics |= jax.tree.map(jnp.mean, losses)
+        metrics["returned_episode_returns"] = jnp.sum(returns * done) / jnp.sum(done)  # NaN where no episode ended
+        metrics["returned_episode_lengths"] = jnp.sum(lengths * done) / jnp.sum(done)
+        return state, metrics | {"update_steps": state.update_steps}
+
+    # EVALUATION
+    def evaluate(state, key):
+        key, key_reset = jax.random.split(key)
+        obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS), env_params)
+        zeros = jnp.zeros(config.TEST_NUM_ENVS)
+
+        def step(carry):
+            t, key, obs, env_state, ended, returns, lengths = carry
+            key, key_act, key_step = jax.random.split(key, 3)
+            action = epsilon_greedy(key_act, q_function(state, obs), config.EPS_TEST)
+            keys_step = jax.random.split(key_step, config.TEST_NUM_ENVS)
+            obs, env_state, reward, terminated, truncated, _ = env_step(keys_step, env_state, action, env_params)
+            returns, lengths = returns + reward * ~ended, lengths + ~ended
+            return t + 1, key, obs, env_state, ended | terminated | truncated, returns, lengths
+
+        def playing(carry):
+            return (carry[0] < (config.TEST_NUM_STEPS or time_limit)) & ~carry[4].all()
+
+        carry = jax.lax.while_loop(playing, step, (0, key, obs, env_state, zeros > 0, zeros, zeros))
+        ended, returns, lengths = carry[4:]
+        return {
+            "test/returned_episode_returns": jnp.sum(returns * ended) / jnp.sum(ended),
+            "test/returned_episode_lengths": jnp.sum(lengths * ended) / jnp.sum(ended),
+            "test/unfinished": jnp.sum(~ended).astype(jnp.float32),
+        }
+
+    # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
+    def update_seeds(state):
+        # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
+        state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
+        keys = jax.vmap(jax.random.split)(state.key)
+        if config.TEST_DURING_TRAINING:
+            test = partial(jax.vmap(evaluate), state, keys[:, 1])
+            test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
+            due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
+            metrics |= jax.lax.cond(due, test, lambda: nan_like(jax.eval_shape(test)))
+        return state.replace(key=keys[:, 0]), metrics
+
+    def updates(state, active):
+        _, shapes = jax.eval_shape(update_seeds, state)
+        idle = lambda state: (state, nan_like(shapes))  # noqa: E731
+        return jax.lax.scan(lambda state, active: jax.lax.cond(active, update_seeds, idle, state), state, active)
+
+    @cache
+    def compiled(mesh):
+        seeds, rows = PartitionSpec("seed"), PartitionSpec(None, "seed")
+        specs = {"in_specs": (seeds, PartitionSpec()), "out_specs": (seeds, rows), "check_vma": False}
+        return jax.jit(jax.vmap(init)), jax.jit(jax.shard_map(updates, mesh=mesh, **specs), donate_argnums=0)
+
+    def train(keys=None, state=None, num_updates=config.NUM_UPDATES, length=None):
+        """Train one agent per key (`keys` [num_seeds]), or go on from `state`, which is consumed, for `num_updates`.
+
+        Returns {"runner_state": every leaf [num_seeds, ...], "metrics": each [num_seeds, num_updates]}. Seeds are spread
+        over the local devices. Calls of equal `length` >= num_updates share one compiled program.
+        """
+        mesh = seed_mesh(len(jax.tree.leaves(state if keys is None else keys)[0]))
+        init_seeds, update_many = compiled(mesh)
+        state = jax.device_put(init_seeds(keys) if state is None else state, NamedSharding(mesh, PartitionSpec("seed")))
+        state, metrics = update_many(state, jnp.arange(length or num_updates) < num_updates)
+        return {"runner_state": state, "metrics": jax.tree.map(lambda x: x[:num_updates].T, metrics)}
+
+    vars(train).update(init=init, rollout=rollout, targets=targets, learn=learn, update=update, evaluate=evaluate)
+    return train
+
+
+def nan_like(shapes):
+    """A tree of NaN, 0 where integer, of the given shapes."""
+    value = {True: jnp.nan, False: 0}
+    return jax.tree.map(lambda x: jnp.full(x.shape, value[jnp.issubdtype(x.dtype, jnp.floating)], x.dtype), shapes)
+
+
+def seed_mesh(num_seeds):
+    """A mesh of as many local devices as divide the seeds."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if num_seeds % n == 0)
+    return Mesh(np.array(devices[:count]), ("seed",))
+
+
+# RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
+
+
+class Agent(NamedTuple):
+    """A trained agent: Q-values of seed i are `network.apply(jax.tree.map(lambda x: x[i], variables), obs)`."""
+
+    config: Config
+    network: nn.Module
+    variables: Any  # {"params": ..., "batch_stats": ...}, every leaf [num_seeds, ...]
+
+
+def load(folder):
+    """The Agent in a run's folder. Raises UserError where none can be read."""
+    from safetensors.numpy import load_file
+
+    config = Config(**read_settings(folder)["alg"])
+    try:
+        flat = load_file(Path(folder) / "params.safetensors")
+    except Exception as error:
+        raise UserError(f"{folder}: params.safetensors cannot be read ({error})") from None
+    return Agent(config, make_network(config), traverse_util.unflatten_dict(flat, sep="."))
+
+
+def read_settings(folder):
+    """The config.yaml of a run's folder. Raises UserError where it cannot be read."""
+    from omegaconf import OmegaConf
+
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
+        return saved | {"alg": dataclasses.asdict(Config(**saved["alg"]))}
+    except Exception as error:
+        raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
+
+
+def write_settings(folder, config, settings):
+    """Write config.yaml, with command, versions and device, and a copy of this script beside it."""
+    from omegaconf import OmegaConf
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    about = {"command": shlex.join(sys.argv), "device": jax.devices()[0].device_kind, "versions": versions}
+    OmegaConf.save(settings | {"alg": dataclasses.asdict(config)} | about, folder / "config.yaml")
+    if "__file__" in globals():
+        shutil.copy(__file__, folder / f"{SCRIPT}.py")
+
+
+def run_folder(config, SEED, SAVE_PATH, RESUME, **_):
+    """The folder to resume, or a new one, <SAVE_PATH>/<script>_<environment>_s<SEED>/<time>_<unique>, or None."""
+    if RESUME == "latest":
+        folders = [path.parent for path in Path(SAVE_PATH or "runs").glob(f"{SCRIPT}_*/*/config.yaml")]
+        if not folders:
+            raise UserError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={SAVE_PATH}")
+        return max(folders, key=lambda folder: folder.name)
+    if RESUME or not SAVE_PATH:
+        return Path(RESUME) if RESUME else None
+    try:
+        parent = Path(SAVE_PATH) / f"{SCRIPT}_{config.ENV_NAME}_s{SEED}"
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=parent))
+    except OSError as error:
+        raise UserError(f"SAVE_PATH={SAVE_PATH} cannot be written: {error.strerror}") from None
+
+
+def resumed(folder, config, settings, defaults):
+    """The Config and settings of the run in `folder`. Raises UserError where those given contradict it."""
+    saved = read_settings(folder)
+    pairs = {key: (settings[key], saved[key]) for key in ("SEED", "NUM_SEEDS") if settings[key] != defaults[key]}
+    pairs |= {key: (value, saved["alg"][key]) for key, value in (dataclasses.asdict(config) if config else {}).items()}
+    for key, (value, before) in pairs.items():
+        if value != before and key != "TOTAL_TIMESTEPS":
+            raise UserError(
+                f"{key}={value!r} contradicts {folder}, which has {before!r}: only TOTAL_TIMESTEPS may change"
+            )
+    unset = [key for key in settings if settings[key] == defaults[key] and key not in ("SAVE_PATH", "RESUME")]
+    return config or Config(**saved["alg"]), settings | {key: saved[key] for key in unset}
+
+
+def attempt(what, function, *args, **kwargs):
+    """Call what must not harm training where it fails (a log, a save, a plot): the failure becomes a warning."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        print(f"Warning: {what} failed, training goes on: {type(error).__name__}: {reason}", file=sys.stderr)
+
+
+def save(folder, checkpoints, state, rows):
+    """Bring metrics.csv, params.safetensors and the checkpoints up to date, each by an atomic rename."""
+    import orbax.checkpoint as ocp
+    from safetensors.numpy import save_file
+
+    with open(folder / "metrics.csv.new", "w", newline="") as file:
+        lines = ([seed, *values] for row in rows for seed, values in enumerate(zip(*row.values(), strict=True)))
+        csv.writer(file).writerows([["seed", *rows[0]], *lines])
+    os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
+    variables = jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
+    save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
+    os.replace(folder / "params.safetensors.new", folder / "params.safetensors")
+    checkpoints.save(int(state.update_steps[0]), args=ocp.args.StandardSave(state))
+
+
+def restore(folder, checkpoints, state):
+    """The newest checkpoint that can be read, its number of updates, and the rows of metrics.csv up to it."""
+    import orbax.checkpoint as ocp
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for done in steps:
+        args = ocp.args.StandardRestore(shapes)
+        if restored := attempt(f"reading checkpoint {done}", checkpoints.restore, done, args=args):
+            with open(folder / "metrics.csv", newline="") as file:
+                lines = [line for line in csv.DictReader(file) if int(line["update_steps"]) <= done]
+            groups = [lines[i : i + len(state.key)] for i in range(0, len(lines), len(state.key))]
+            return (
+                restored,
+                done,
+                [{k: as_column(k, [line[k] for line in group]) for k in group[0] if k != "seed"} for group in groups],
+            )
+    if steps:
+        raise UserError(f"RESUME={folder}: none of its checkpoints can be read")
+    print(f"{folder} has no checkpoint yet: starting over")
+    return state, 0, []
+
+
+def as_column(key, values):
+    """A column of the log, [num_seeds]: counters are 64-bit, all else is as trained, float32."""
+    return np.array(values).astype(
+        {"env_step": np.int64, "grad_steps": np.int64, "update_steps": np.int64}.get(key, np.float32)
+    )
+
+
+def nanmean(x, axis=None):
+    """The mean of what is not NaN, NaN where nothing is."""
+    count = np.sum(~np.isnan(x), axis)
+    return np.where(count > 0, np.nansum(x, axis) / np.maximum(count, 1), np.nan).astype(x.dtype)
+
+
+def start_wandb(config, folder, settings):
+    """Open the run's wandb log: offline if wandb cannot be reached, the same one again after RESUME."""
+    import wandb
+
+    name = f"{folder.parent.name}_{folder.name}" if folder else None
+    options = {
+        "project": settings["PROJECT"],
+        "entity": settings["ENTITY"],
+        "name": name,
+        "id": name,
+        "resume": "allow",
+    }
+    options |= {
+        "config": settings | dataclasses.asdict(config),
+        "tags": [config.ALG_NAME, config.ENV_NAME],
+        "dir": folder,
+    }
+    try:
+        return wandb.init(mode=settings["WANDB_MODE"], **options)
+    except Exception as error:
+        print(f"Warning: wandb cannot be reached, logging offline: {error}", file=sys.stderr)
+        return wandb.init(mode="offline", **options)
+
+
+def log_wandb(log, row, all_seeds):
+    """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
+    values = {key: nanmean(column) for key, column in row.items()}
+    values |= {f"rng{i}/{key}": x for key, column in row.items() for i, x in enumerate(column) if all_seeds}
+    log.log({key: float(x) for key, x in values.items() if np.isfinite(x)}, step=int(row["update_steps"][0]))
+
+
+def learning_curve(metrics, title):
+    """A PNG of returns against steps: interquartile mean over seeds, with a 95% bootstrap confidence band."""
+    from matplotlib.figure import Figure
+    from scipy.stats import trim_mean
+
+    figure, num_seeds = Figure(figsize=(7, 4.5), layout="constrained"), len(metrics["env_step"])
+    axes, choice = figure.subplots(), np.random.default_rng(0).choice
+    for key, label in (("returned_episode_returns", "training"), ("test/returned_episode_returns", "evaluation")):
+        known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).any(0))
+        points = [point for point in np.array_split(known, 200) if len(point)]  # at most 200, each of adjacent rows
+        steps = [metrics["env_step"][0, point].mean() for point in points]
+        values = [nanmean(metrics[key][:, point], 1) for point in points]
+        (line,) = axes.plot(steps, [trim_mean(x[np.isfinite(x)], 0.25) for x in values], label=label, marker=".")
+        samples = [trim_mean(choice(x[np.isfinite(x)], (200, np.isfinite(x).sum())), 0.25, axis=1) for x in values]
+        low, high = np.reshape([np.percentile(x, (2.5, 97.5)) for x in samples], (-1, 2)).T
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+    ylabel = "episode return" + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
+    axes.set(title=title, xlabel="environment steps", ylabel=ylabel)
+    axes.legend(), axes.grid(alpha=0.3)
+    figure.savefig(png := io.BytesIO(), format="png", dpi=120)
+    return png.getvalue()
+
+
+def print_scores(columns):
+    """A table of final scores: a line a seed (at most 20) and their mean; columns: name -> [num_seeds]."""
+    from rich import print as print_rich
+    from rich.table import Table
+
+    table = Table("seed", *(name.replace("returned_episode_", "") for name in columns))
+    for seed, values in list(enumerate(zip(*columns.values(), strict=True)))[:20]:
+        table.add_row(str(seed), *(f"{x:.2f}" for x in values))
+    table.add_row("mean", *(f"{nanmean(x):.2f}" for x in columns.values()))
+    print_rich(table)
+
+
+@contextmanager
+def catch_signals():
+    """Collect Ctrl-C and SIGTERM in a list; the second one stops at once."""
+    received, previous = [], {}
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(number, previous[number])
+        print("\nStopping after this interval, then saving; once more to stop at once", file=sys.stderr)
+
+    if threading.current_thread() is threading.main_thread():
+        previous.update({number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)})
+    yield received
+    for number, old in previous.items():
+        signal.signal(number, old)
+
+
+def run(
+    config: Config | None = None,
+    SEED: int = 0,
+    NUM_SEEDS: int = 1,
+    SAVE_PATH: str | None = "runs",
+    RESUME: str | None = None,
+    LOG_INTERVAL: int | None = None,
+    CHECKPOINT_INTERVAL: int | None = None,
+    WANDB_MODE: str = "disabled",
+    ENTITY: str | None = None,
+    PROJECT: str = "pqn",
+    WANDB_LOG_ALL_SEEDS: bool = False,
+    COMPILATION_CACHE: str | None = "~/.cache/pqn",
+):
+    """Train, log, save and evaluate: what the command line does.
+
+    SEED, NUM_SEEDS: seed i trains with `jax.random.split(jax.random.key(SEED), NUM_SEEDS)[i]`.
+    SAVE_PATH: where the run's folder is made; None: nothing is written.
+    RESUME: a run's folder, or "latest". Its configuration is the folder's; only TOTAL_TIMESTEPS may change.
+    LOG_INTERVAL, CHECKPOINT_INTERVAL: in updates; None: a 1,000th and a 20th of the run. A logged row is the mean over
+        its interval; metrics.csv is written with the checkpoints.
+    WANDB_MODE: online, offline or disabled. ENTITY, PROJECT: wandb's. WANDB_LOG_ALL_SEEDS: also each seed's curves.
+    COMPILATION_CACHE: the folder of JAX's persistent cache, unless JAX has been given one; None: no cache.
+
+    Returns `train`'s dictionary, metrics as logged [num_seeds, rows], with "score" (the mean over seeds of the last
+    evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
+    """
+    settings = {key: value for key, value in locals().items() if key != "config"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(run).parameters.items()}
+    for key, low in {"SEED": 0, "NUM_SEEDS": 1, "LOG_INTERVAL": 1, "CHECKPOINT_INTERVAL": 1}.items():
+        if settings[key] is not None and not (isinstance(settings[key], int) and settings[key] >= low):
+            raise UserError(f"{key}={settings[key]!r} is not allowed: must be a whole number of at least {low}")
+    if WANDB_MODE not in ("online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={WANDB_MODE!r} is not allowed: must be online, offline or disabled")
+    config = config or (None if RESUME else Config())
+    folder = run_folder(config, **settings)
+    if RESUME:
+        config, settings = resumed(folder, config, settings, defaults)
+    if settings["COMPILATION_CACHE"] and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings["COMPILATION_CACHE"]))
+    num_updates, num_seeds, batch = config.NUM_UPDATES, settings["NUM_SEEDS"], config.NUM_ENVS * config.NUM_STEPS
+    log_interval = settings["LOG_INTERVAL"] or max(1, num_updates // 1000)
+    checkpoint_interval = settings["CHECKPOINT_INTERVAL"] or max(1, num_updates // 20)
+    if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
+        print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
+
+    train, rows, done, checkpoints, log = make_train(config), [], 0, None, None
+    keys = jax.random.split(jax.random.key(settings["SEED"]), num_seeds)
+    start = time.time()
+    state = train(keys, num_updates=0, length=log_interval)["runner_state"]
+    print(f"Compiled in {time.time() - start:.1f} s for {jax.local_device_count()} x {jax.devices()[0].device_kind}")
+    if folder:
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        state, done, rows = restore(folder, checkpoints, state) if RESUME else (state, done, rows)
+        attempt("writing config.yaml", write_settings, folder, config, settings)
+        print(f"Run folder: {folder}")
+    if settings["WANDB_MODE"] != "disabled":
+        log = attempt("starting wandb", start_wandb, config, folder, settings)
+
+    start, finite = time.time() - (rows[-1]["time"][0] if rows else 0), np.full(num_seeds, True)
+    scale = {"total": num_updates * batch * num_seeds, "initial": done * batch * num_seeds, "unit_scale": True}
+    with tqdm(desc=config.ENV_NAME, unit="step", **scale) as bar, catch_signals() as interrupted:
+        while done < num_updates and not interrupted:
+            chunk, before = min(log_interval, num_updates - done), time.time()
+            out = train(state=state, num_updates=chunk, length=log_interval)
+            state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
+            done, now, steps = done + chunk, time.time(), chunk * batch * num_seeds
+            row = {"update_steps": done, "env_step": done * batch, "time": now - start, "sps": steps / (now - before)}
+            row["grad_steps"] = done * config.NUM_EPOCHS * config.NUM_MINIBATCHES
+            row = {key: as_column(key, [value] * num_seeds) for key, value in row.items()}
+            row |= {key: nanmean(x, 1) for key, x in metrics.items() if key != "update_steps"}
+            rows.append(row)
+            bar.update(steps)
+            bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
+            for seed in np.flatnonzero(finite & ~np.isfinite(row["td_loss"])):
+                bar.write(f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on")
+            finite &= np.isfinite(row["td_loss"])
+            if log:
+                attempt("logging to wandb", log_wandb, log, row, settings["WANDB_LOG_ALL_SEEDS"])
+            due = (
+                done == num_updates
+                or interrupted
+                or done // checkpoint_interval > (done - chunk) // checkpoint_interval
+            )
+            if checkpoints and due:
+                attempt("saving", save, folder, checkpoints, state, rows)
+    if interrupted:
+        print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
+
+    metrics = {key: np.stack([row[key] for row in rows], 1) for key in (rows[0] if rows else ())}
+    test = {key: x[:, np.isfinite(x).any(0)][:, -1:] for key, x in metrics.items() if key.startswith("test/")}
+    test = {key: x[:, 0] for key, x in test.items() if x.size}  # the last evaluation
+    if not test and not interrupted:
+        keys = jax.vmap(partial(jax.random.fold_in, data=done))(state.key)
+        test = jax.tree.map(np.asarray, jax.jit(jax.vmap(train.evaluate))(state, keys))
+    print_scores({key: x[:, -1] for key, x in metrics.items() if key.startswith("returned_")} | test)
+    png = attempt("drawing the learning curve", learning_curve, metrics, f"{config.ALG_NAME} on {config.ENV_NAME}")
+    if png and folder:
+        attempt("saving the learning curve", (folder / "learning_curve.png").write_bytes, png)
+    if png and "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(png))
+    if log:
+        attempt("closing wandb", log.finish)
+    score = float(nanmean(test["test/returned_episode_returns"])) if test else float("nan")
+    out = {"runner_state": state, "metrics": metrics, "score": score, "folder": folder}
+    return out | {"interrupted": interrupted[0] if interrupted else None}
+
+
+def main():
+    """The command line: Hydra composes `run`'s arguments and, under `alg`, the Config."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    arguments = [(p.name, p.annotation, p.default) for p in inspect.signature(run).parameters.values()][1:]
+    settings = dataclasses.make_dataclass("Settings", [*arguments, ("alg", Config, field(default_factory=Config))])
+    quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
+    sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
+    output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
+    store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
+    store.store(name="settings", node=settings)
+    store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
+    if not configs.is_dir():  # this file alone: its defaults are the recipe
+        store.store(group="alg", name=Config.ALG_NAME, node=Config)
+    where = (
+        {"config_path": str(configs), "config_name": "config"}
+        if configs.is_dir()
+        else {"config_path": None, "config_name": "schema"}
+    )
+
+    @hydra.main(version_base="1.3", **where)
+    def train_once(cfg):
+        settings = OmegaConf.to_container(cfg)
+        alg = settings.pop("alg")
+        try:
+            if cfg.RESUME:  # what is not overridden is the folder's
+                given = {override.lstrip("+").split("=")[0] for override in HydraConfig.get().overrides.task}
+                saved = read_settings(run_folder(None, **settings))["alg"]
+                alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}
+            out = run(Config(**alg), **settings)
+        except UserError as error:
+            sys.exit(f"Error: {error}")
+        if out["interrupted"]:
+            sys.exit(128 + out["interrupted"])
+        return out["score"]
+
+    train_once()
+
+
+if __name__ == "__main__" and "__file__" in globals():  # a notebook cell only defines
+    main()

@@ -1,0 +1,62 @@
+"""The scripts are siblings: same-named definitions are the same. Declared dependencies agree."""
+
+import ast
+import itertools
+import re
+import tomllib
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# What may differ from script to script, by name; everything else at top level is the same, letter for letter.
+MAY_DIFFER = {"SCRIPT", "Config", "QNetwork", "make_network"}
+
+
+def definitions(script):
+    """Name -> syntax tree of every top-level function, class, decorated or assigned name."""
+    found = {}
+    for node in ast.parse((ROOT / f"{script}.py").read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.dump(node)
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = ast.dump(node)
+        elif isinstance(node, (ast.If, ast.Expr)) and not (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ):
+            found[ast.unparse(node)[:40]] = ast.dump(node)
+    return found
+
+
+@pytest.mark.parametrize("a, b", itertools.combinations(SCRIPTS, 2))
+def test_same_named_definitions_are_the_same(a, b):
+    a, b = definitions(a), definitions(b)
+    different = {name for name in a.keys() & b.keys() if a[name] != b[name]}
+    assert different <= MAY_DIFFER
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_function_nests_deeper_than_three(script):
+    def depth(node):
+        inner = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        return inner + isinstance(node, ast.FunctionDef)
+
+    assert depth(ast.parse((ROOT / f"{script}.py").read_text())) <= 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inline_dependencies_are_those_of_the_extra(script):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / f"{script}.py").read_text()
+    inline = tomllib.loads("".join(re.findall(r"^# (.*\n)", text.split("# ///\n")[0].split("# /// script\n")[1], re.M)))
+    extra = project["optional-dependencies"][script.split("_")[1]]
+    assert sorted(inline["dependencies"]) == sorted(project["dependencies"] + extra)
+    assert inline["requires-python"] == project["requires-python"]
+
+
+def test_constraints_name_exact_versions_of_all_direct_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = itertools.chain(*(v for k, v in project["optional-dependencies"].items() if k != "cuda"))
+    direct = {re.split(r"[\[<>=]", name)[0].lower() for name in [*project["dependencies"], *extras]} - {project["name"]}
+    lines = (ROOT / "constraints.txt").read_text().split()
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+]+", line) for line in lines)
+    assert direct <= {line.split("==")[0].lower() for line in lines}
