@@ -781,7 +781,9 @@ def run(
             bar.update(steps)
             bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
             for seed in np.flatnonzero(finite & ~np.isfinite(row["td_loss"])):
-                bar.write(f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on")
+                bar.write(
+                    f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on", file=sys.stderr
+                )
             finite &= np.isfinite(row["td_loss"])
             if log:
                 attempt("logging to wandb", log_wandb, log, row, settings["WANDB_LOG_ALL_SEEDS"])

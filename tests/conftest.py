@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+CACHE = ROOT / ".pytest_cache" / "jax"  # compiled programs, for all tests and the processes they start
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["COLUMNS"] = "200"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("pqn_*.py"))
 TINY = {
     "NUM_ENVS": 4,
@@ -18,30 +23,17 @@ TINY = {
     "TOTAL_TIMESTEPS": 4 * 8 * 12,
     "TEST_INTERVAL": 0.25,
     "TEST_NUM_ENVS": 4,
-    "TEST_NUM_STEPS": 30,
+    "TEST_NUM_STEPS": 200,
 }
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """One compilation cache for all subprocesses of a test session."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def command(tmp_path, cache):
+def command(tmp_path):
     """Run a script as a user does, in an empty folder: command("pqn_minatar", "alg.LR=1e-3")."""
 
     def run(script, *arguments, check=True, wait=True, **options):
         path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-        options = {
-            "cwd": tmp_path,
-            "env": env,
-            "text": True,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-        } | options
+        options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         process = subprocess.Popen([sys.executable, str(path), *arguments], **options)
         if not wait:
             return process

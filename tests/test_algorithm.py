@@ -48,7 +48,7 @@ def parts(**changes):
     return config, train, jax.jit(train.init)(jax.random.key(1))
 
 
-@pytest.mark.parametrize("limit, steps", [(5, 8), (3, 16), (7, 7), (100, 16)])
+@pytest.mark.parametrize("limit, steps", [(5, 8), (3, 16), (5, 5), (100, 16)])
 def test_targets_of_a_rollout_bootstrap_from_final_observations(limit, steps):
     """Breakout is deterministic but for its two starts, so that a rollout can be played again outside the script."""
     kwargs = {"max_steps_in_episode": limit}
@@ -182,7 +182,7 @@ def test_learns_the_values_of_a_probe(lam):
     for time, value in enumerate((1.75, 1.5, 1.0)):
         obs = env.observe_state(probes.State(time, 3))[None]
         q_values = pqn.make_network(config).apply({"params": state.params}, obs)[0]
-        assert q_values.argmax() == 1 and abs(q_values[1] - value) < 0.15
+        assert q_values.argmax() == 1 and abs(q_values[1] - value) < 0.05
     assert (out["metrics"]["test/returned_episode_returns"][:, -1] == 3).all()
 
 

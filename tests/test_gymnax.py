@@ -75,7 +75,9 @@ def test_seeds_are_spread_over_devices_and_the_numbers_are_those_of_one():
     assert four["devices"] == 4 and [four[f"used by {n}"] for n in (4, 6, 5)] == [4, 3, 1]
     for num_seeds in ("4", "6", "5"):
         for key, value in one[num_seeds].items():
-            np.testing.assert_array_equal(value, four[num_seeds][key], err_msg=f"{num_seeds} seeds, {key}")
+            np.testing.assert_allclose(
+                value, four[num_seeds][key], rtol=1e-4, atol=1e-5, err_msg=f"{num_seeds} seeds, {key}"
+            )
 
 
 def test_solves_cartpole():

@@ -127,7 +127,7 @@ def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     columns = read_csv(folder)
     assert columns["seed"] == ["0", "1"] * 12 and columns["env_step"][-1] == str(TINY["TOTAL_TIMESTEPS"])
     np.testing.assert_array_equal(np.float32(columns["td_loss"][::2]), out["metrics"]["td_loss"][0])
-    assert out["score"] == np.mean(out["metrics"]["test/returned_episode_returns"][:, -1])
+    assert out["score"] == np.nanmean(out["metrics"]["test/returned_episode_returns"][:, -1])
     assert (folder / "learning_curve.png").stat().st_size > 10_000
     agent = script.load(folder)
     assert agent.config == script.Config(**TINY)
@@ -189,8 +189,7 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path
 
 
 def test_nan_losses_are_reported_when_they_start(script, capsys):
-    changes = {"LR": 1e30, "MAX_GRAD_NORM": 1e30, "NORM_TYPE": "none"}
-    script.run(script.Config(**TINY | changes), SAVE_PATH=None)
+    script.run(script.Config(**TINY | {"REW_SCALE": 1e30}), SAVE_PATH=None)
     err = capsys.readouterr().err
     assert err.count("Warning: the loss of seed 0") == 1
 
@@ -291,7 +290,7 @@ def test_script_alone_in_an_empty_folder(name, command, tmp_path):
     assert list(tmp_path.glob("runs/*/*/params.safetensors"))
 
 
-def test_in_a_notebook(name, tmp_path, cache):
+def test_in_a_notebook(name, tmp_path):
     """The file pasted into a cell defines without running; `run` in the next cell trains and shows its curve."""
     nbformat = pytest.importorskip("nbformat")
     from nbclient import NotebookClient
@@ -299,8 +298,7 @@ def test_in_a_notebook(name, tmp_path, cache):
     train = f"out = run(Config(**{TINY!r}), SAVE_PATH={str(tmp_path)!r})\nprint('score', out['score'])"
     cells = [(ROOT / f"{name}.py").read_text(), train]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env=env, cwd=str(tmp_path))
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
     assert notebook.cells[0].outputs == []
     outputs = notebook.cells[1].outputs
     text = "".join(output.get("text", "") for output in outputs)
