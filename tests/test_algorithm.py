@@ -174,7 +174,7 @@ def test_learns_the_values_of_a_probe(lam):
     kwargs = {"choose": True, "shortest": 3, "longest": 3}
     config, train, _ = parts(
         ENV_NAME="Clock-MinAtar", ENV_KWARGS=kwargs, GAMMA=0.5, LAMBDA=lam, LR=3e-3, NUM_ENVS=16,
-        EPS_FINISH=0.5, NORM_TYPE="layer_norm",
+        TOTAL_TIMESTEPS=16 * 8 * 300, EPS_DECAY=0.5, EPS_FINISH=0.3 if lam == 0 else 0.05,
     )  # fmt: skip
     out = train(jax.random.split(jax.random.key(0), 2))
     state = jax.tree.map(lambda x: x[0], out["runner_state"])
