@@ -27,7 +27,7 @@ def definitions(script):
     return found
 
 
-@pytest.mark.parametrize("a, b", itertools.combinations(SCRIPTS, 2))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
 def test_same_named_definitions_are_the_same(a, b):
     a, b = definitions(a), definitions(b)
     different = {name for name in a.keys() & b.keys() if a[name] != b[name]}

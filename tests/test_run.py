@@ -284,9 +284,9 @@ def test_sweep(name, command, tmp_path):
     assert len(folders) == 4 and not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
 
 
-def test_script_alone_in_an_empty_folder(name, command, tmp_path):
+def test_script_alone_in_an_empty_folder(name, script, command, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command(str(tmp_path / f"{name}.py"), "+alg=pqn", *tiny_arguments())
+    command(str(tmp_path / f"{name}.py"), f"+alg={script.Config.ALG_NAME}", *tiny_arguments())
     assert list(tmp_path.glob("runs/*/*/params.safetensors"))
 
 
