@@ -310,7 +310,10 @@ def test_recipes_load_and_defaults_are_the_first(name, script):
     from omegaconf import OmegaConf
 
     recipes = {"pqn_minatar": ["pqn"], "pqn_gymnax": ["pqn_cartpole", "pqn_acrobot"]}[name]
-    configs = [script.Config(**OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")) for recipe in recipes]
+    configs = [
+        script.Config(**OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")))
+        for recipe in recipes
+    ]
     assert configs[0] == script.Config()
 
 
