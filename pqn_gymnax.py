@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,9 +90,13 @@ class Config:
         env, params = make_env(self)
         discrete = isinstance(env.action_space(params), gymnax.environments.spaces.Discrete)
         check(self, "ENV_NAME", discrete, "an environment with discrete actions")
-        check(
-            self, "NORM_TYPE", self.NORM_TYPE in ("layer_norm", "batch_norm", "none"), "layer_norm, batch_norm or none"
-        )
+        norms = ("layer_norm", "batch_norm", "none")
+        check(self, "NORM_TYPE", self.NORM_TYPE in norms, "layer_norm, batch_norm or none")
+
+    @property
+    def TASK(self):
+        """What is learned, as folders and titles name it."""
+        return self.ENV_NAME
 
     @property
     def NUM_UPDATES(self):
@@ -103,35 +107,33 @@ class Config:
 def check(config, key, valid, allowed):
     """Raise a UserError that names the key, its value and what is allowed, unless valid."""
     if not valid:
-        raise UserError(f"alg.{key}={getattr(config, key)!r} is not allowed: must be {allowed}")
+        name = f"alg.{key}" if isinstance(config, Config) else key
+        raise UserError(f"{name}={getattr(config, key)!r} is not allowed: must be {allowed}")
 
 
 def check_numbers(config):
     """Check types and ranges of a Config's fields, and make its counts integers."""
     counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
     counts += "TEST_NUM_ENVS TEST_NUM_STEPS HIDDEN_SIZE NUM_LAYERS"
-    fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA"
-    for f in dataclasses.fields(config):
-        value, key = getattr(config, f.name), f.name
-        if value is None and f.type == (float | None):
+    fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA".split()
+    for key, kind in ((f.name, f.type) for f in fields(config)):
+        value = getattr(config, key)
+        if value is None and kind == (float | None):
             continue
-        if f.type in (float, float | None):
+        if kind in (float, float | None):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
             check(config, key, number, "a finite number")
         else:
-            check(config, key, isinstance(value, f.type), f"of type {f.type.__name__}")
+            check(config, key, isinstance(value, kind), f"of type {kind.__name__}")
         if key in counts.split():
             check(config, key, value >= 1 and value == int(value), "a whole number of at least 1")
             setattr(config, key, int(value))
-        if key in fractions.split():
-            check(config, key, 0 <= value <= 1, "between 0 and 1")
-    for key in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL"):
-        check(config, key, getattr(config, key) > 0, "greater than 0")
-    check(config, "TEST_INTERVAL", config.TEST_INTERVAL <= 1, "a fraction of the run, at most 1")
+        check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
+        check(config, key, key not in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL") or value > 0, "greater than 0")
     batch = config.NUM_ENVS * config.NUM_STEPS
-    check(
-        config, "NUM_MINIBATCHES", batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
-    )
+    divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
+    check(config, "NUM_MINIBATCHES", divides, divisor)
+    check(config, "TEST_INTERVAL", config.TEST_INTERVAL <= 1, "a fraction of the run, at most 1")
     check(config, "TOTAL_TIMESTEPS", config.NUM_UPDATES >= 1, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
 
 
@@ -142,11 +144,11 @@ def make_env(config):
     try:
         env, params = gymnax.make(config.ENV_NAME)
         arguments = {name for name in inspect.signature(type(env).__init__).parameters if name != "self"}
-        fields = {f.name for f in dataclasses.fields(params)}
-        if unknown := set(kwargs) - arguments - fields:
-            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(arguments | fields))}")
+        settable = {f.name for f in fields(params)}
+        if unknown := set(kwargs) - arguments - settable:
+            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(arguments | settable))}")
         env, params = gymnax.make(config.ENV_NAME, **{key: kwargs[key] for key in arguments & set(kwargs)})
-        return env, params.replace(**{key: kwargs[key] for key in fields & set(kwargs)})
+        return env, params.replace(**{key: kwargs[key] for key in settable & set(kwargs)})
     except Exception as error:
         raise UserError(f"alg.ENV_NAME={config.ENV_NAME} alg.ENV_KWARGS={kwargs} cannot be made: {error}") from None
 
@@ -422,16 +424,21 @@ def make_train(config):
             "test/unfinished": jnp.sum(~ended).astype(jnp.float32),
         }
 
+    def test(state):
+        """An evaluation of every seed, after training: [num_seeds] each."""
+        keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
+        return jax.jit(jax.vmap(evaluate))(state, keys)
+
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
     def update_seeds(state):
         # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
-            test = partial(jax.vmap(evaluate), state, keys[:, 1])
+            tests = partial(jax.vmap(evaluate), state, keys[:, 1])
             test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
             due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
-            metrics |= jax.lax.cond(due, test, lambda: nan_like(jax.eval_shape(test)))
+            metrics |= jax.lax.cond(due, tests, lambda: nan_like(jax.eval_shape(tests)))
         return state.replace(key=keys[:, 0]), metrics
 
     def updates(state, active):
@@ -457,8 +464,16 @@ def make_train(config):
         state, metrics = update_many(state, jnp.arange(length or num_updates) < num_updates)
         return {"runner_state": state, "metrics": jax.tree.map(lambda x: x[:num_updates].T, metrics)}
 
-    vars(train).update(init=init, rollout=rollout, targets=targets, learn=learn, update=update, evaluate=evaluate)
+    vars(train).update(
+        init=init, rollout=rollout, targets=targets, learn=learn, update=update, evaluate=evaluate, test=test
+    )
     return train
+
+
+def counters(config, update_steps):
+    """Steps after so many updates, counted in Python: exact at any length."""
+    env_step = update_steps * config.NUM_ENVS * config.NUM_STEPS
+    return {"env_step": env_step, "grad_steps": update_steps * config.NUM_EPOCHS * config.NUM_MINIBATCHES}
 
 
 def nan_like(shapes):
@@ -475,6 +490,31 @@ def seed_mesh(num_seeds):
 
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
+
+
+@dataclass
+class Settings:
+    """The arguments of `run`, root keys on the command line. Raises UserError if wrong."""
+
+    SEED: int = 0  # seed i of a run trains with jax.random.split(jax.random.key(SEED), NUM_SEEDS)[i]
+    NUM_SEEDS: int = 1  # trained together in one program
+    SAVE_PATH: str | None = "runs"  # where the run's folder is made; null: nothing is written
+    RESUME: str | None = None  # a run's folder, or latest; its configuration is the folder's
+    LOG_INTERVAL: int | None = None  # in updates, a logged row is their mean; null: a 1,000th of the run
+    CHECKPOINT_INTERVAL: int | None = None  # in updates, metrics.csv is written along; null: a 20th of the run
+    WANDB_MODE: str = "disabled"  # online, offline or disabled
+    ENTITY: str | None = None  # wandb's
+    PROJECT: str = "pqn"  # wandb's
+    WANDB_LOG_ALL_SEEDS: bool = False  # each seed's curves as rng<i>/... beside their mean
+    COMPILATION_CACHE: str | None = "~/.cache/pqn"  # folder of JAX's persistent cache, if it has none; null: no cache
+
+    def __post_init__(self):
+        for key, low in {"SEED": 0, "NUM_SEEDS": 1, "LOG_INTERVAL": 1, "CHECKPOINT_INTERVAL": 1}.items():
+            value = getattr(self, key)
+            valid = isinstance(value, int) and value >= low or value is None and key.endswith("INTERVAL")
+            check(self, key, valid, f"a whole number of at least {low}")
+        modes = ("online", "offline", "disabled")
+        check(self, "WANDB_MODE", self.WANDB_MODE in modes, "online, offline or disabled")
 
 
 class Agent(NamedTuple):
@@ -503,7 +543,7 @@ def read_settings(folder):
 
     try:
         saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
-        return saved | {"alg": dataclasses.asdict(Config(**saved["alg"]))}
+        return saved | {"alg": asdict(Config(**saved["alg"]))}
     except Exception as error:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
 
@@ -514,40 +554,39 @@ def write_settings(folder, config, settings):
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     about = {"command": shlex.join(sys.argv), "device": jax.devices()[0].device_kind, "versions": versions}
-    OmegaConf.save(settings | {"alg": dataclasses.asdict(config)} | about, folder / "config.yaml")
+    OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml")
     if "__file__" in globals():
         shutil.copy(__file__, folder / f"{SCRIPT}.py")
 
 
-def run_folder(config, SEED, SAVE_PATH, RESUME, **_):
-    """The folder to resume, or a new one, <SAVE_PATH>/<script>_<environment>_s<SEED>/<time>_<unique>, or None."""
-    if RESUME == "latest":
-        folders = [path.parent for path in Path(SAVE_PATH or "runs").glob(f"{SCRIPT}_*/*/config.yaml")]
+def run_folder(config, settings):
+    """The folder to resume, or a new one, <SAVE_PATH>/<script>_<task>_s<SEED>/<time>_<unique>, or None."""
+    if settings.RESUME == "latest":
+        folders = [path.parent for path in Path(settings.SAVE_PATH or "runs").glob(f"{SCRIPT}_*/*/config.yaml")]
         if not folders:
-            raise UserError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={SAVE_PATH}")
+            raise UserError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={settings.SAVE_PATH}")
         return max(folders, key=lambda folder: folder.name)
-    if RESUME or not SAVE_PATH:
-        return Path(RESUME) if RESUME else None
+    if settings.RESUME or not settings.SAVE_PATH:
+        return Path(settings.RESUME) if settings.RESUME else None
     try:
-        parent = Path(SAVE_PATH) / f"{SCRIPT}_{config.ENV_NAME}_s{SEED}"
+        parent = Path(settings.SAVE_PATH) / f"{SCRIPT}_{config.TASK}_s{settings.SEED}"
         parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=parent))
     except OSError as error:
-        raise UserError(f"SAVE_PATH={SAVE_PATH} cannot be written: {error.strerror}") from None
+        raise UserError(f"SAVE_PATH={settings.SAVE_PATH} cannot be written: {error.strerror}") from None
 
 
-def resumed(folder, config, settings, defaults):
-    """The Config and settings of the run in `folder`. Raises UserError where those given contradict it."""
+def resumed(folder, config, given):
+    """The Config and Settings of the run in `folder`. Raises UserError where those given contradict it."""
     saved = read_settings(folder)
-    pairs = {key: (settings[key], saved[key]) for key in ("SEED", "NUM_SEEDS") if settings[key] != defaults[key]}
-    pairs |= {key: (value, saved["alg"][key]) for key, value in (dataclasses.asdict(config) if config else {}).items()}
+    pairs = {key: (given[key], saved[key]) for key in ("SEED", "NUM_SEEDS") if key in given}
+    pairs |= {key: (value, saved["alg"][key]) for key, value in (asdict(config) if config else {}).items()}
     for key, (value, before) in pairs.items():
         if value != before and key != "TOTAL_TIMESTEPS":
-            raise UserError(
-                f"{key}={value!r} contradicts {folder}, which has {before!r}: only TOTAL_TIMESTEPS may change"
-            )
-    unset = [key for key in settings if settings[key] == defaults[key] and key not in ("SAVE_PATH", "RESUME")]
-    return config or Config(**saved["alg"]), settings | {key: saved[key] for key in unset}
+            allowed = "only TOTAL_TIMESTEPS may change"
+            raise UserError(f"{key}={value!r} contradicts {folder}, which has {before!r}: {allowed}")
+    settings = {f.name: saved[f.name] for f in fields(Settings) if f.name not in ("SAVE_PATH", "RESUME")}
+    return config or Config(**saved["alg"]), Settings(**settings | given)
 
 
 def attempt(what, function, *args, **kwargs):
@@ -575,33 +614,24 @@ def save(folder, checkpoints, state, rows):
 
 
 def restore(folder, checkpoints, state):
-    """The newest checkpoint that can be read, its number of updates, and the rows of metrics.csv up to it."""
+    """The newest checkpoint that can be read, and the rows of metrics.csv up to it."""
     import orbax.checkpoint as ocp
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    steps = sorted(checkpoints.all_steps(), reverse=True)
-    for done in steps:
-        args = ocp.args.StandardRestore(shapes)
-        if restored := attempt(f"reading checkpoint {done}", checkpoints.restore, done, args=args):
-            with open(folder / "metrics.csv", newline="") as file:
-                lines = [line for line in csv.DictReader(file) if int(line["update_steps"]) <= done]
-            groups = [lines[i : i + len(state.key)] for i in range(0, len(lines), len(state.key))]
-            return (
-                restored,
-                done,
-                [{k: as_column(k, [line[k] for line in group]) for k in group[0] if k != "seed"} for group in groups],
-            )
-    if steps:
+    args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        if restored := attempt(f"reading checkpoint {step}", checkpoints.restore, step, args=args):
+            read = {"delimiter": ",", "names": True, "dtype": None, "deletechars": "", "replace_space": " "}
+            table = np.atleast_1d(np.genfromtxt(folder / "metrics.csv", **read))
+            table = table[table["update_steps"] <= step].reshape(-1, len(state.key))
+            names = [key for key in table.dtype.names if key != "seed"]
+            columns = {
+                key: table[key].astype(np.int64 if table[key].dtype.kind == "i" else np.float32) for key in names
+            }
+            return restored, [{key: x[i] for key, x in columns.items()} for i in range(len(table))]
+    if checkpoints.all_steps():
         raise UserError(f"RESUME={folder}: none of its checkpoints can be read")
     print(f"{folder} has no checkpoint yet: starting over")
-    return state, 0, []
-
-
-def as_column(key, values):
-    """A column of the log, [num_seeds]: counters are 64-bit, all else is as trained, float32."""
-    return np.array(values).astype(
-        {"env_step": np.int64, "grad_steps": np.int64, "update_steps": np.int64}.get(key, np.float32)
-    )
+    return state, []
 
 
 def nanmean(x, axis=None):
@@ -615,20 +645,10 @@ def start_wandb(config, folder, settings):
     import wandb
 
     name = f"{folder.parent.name}_{folder.name}" if folder else None
-    options = {
-        "project": settings["PROJECT"],
-        "entity": settings["ENTITY"],
-        "name": name,
-        "id": name,
-        "resume": "allow",
-    }
-    options |= {
-        "config": settings | dataclasses.asdict(config),
-        "tags": [config.ALG_NAME, config.ENV_NAME],
-        "dir": folder,
-    }
+    options = {"project": settings.PROJECT, "entity": settings.ENTITY, "name": name, "id": name, "resume": "allow"}
+    options |= {"dir": folder, "config": asdict(settings) | asdict(config), "tags": [config.ALG_NAME, config.ENV_NAME]}
     try:
-        return wandb.init(mode=settings["WANDB_MODE"], **options)
+        return wandb.init(mode=settings.WANDB_MODE, **options)
     except Exception as error:
         print(f"Warning: wandb cannot be reached, logging offline: {error}", file=sys.stderr)
         return wandb.init(mode="offline", **options)
@@ -647,16 +667,15 @@ def learning_curve(metrics, title):
     from scipy.stats import trim_mean
 
     figure, num_seeds = Figure(figsize=(7, 4.5), layout="constrained"), len(metrics["env_step"])
-    axes, choice = figure.subplots(), np.random.default_rng(0).choice
+    axes, resamples = figure.subplots(), np.random.default_rng(0).integers(num_seeds, size=(200, num_seeds))
     for key, label in (("returned_episode_returns", "training"), ("test/returned_episode_returns", "evaluation")):
-        known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).any(0))
-        points = [point for point in np.array_split(known, 200) if len(point)]  # at most 200, each of adjacent rows
-        steps = [metrics["env_step"][0, point].mean() for point in points]
-        values = [nanmean(metrics[key][:, point], 1) for point in points]
-        (line,) = axes.plot(steps, [trim_mean(x[np.isfinite(x)], 0.25) for x in values], label=label, marker=".")
-        samples = [trim_mean(choice(x[np.isfinite(x)], (200, np.isfinite(x).sum())), 0.25, axis=1) for x in values]
-        low, high = np.reshape([np.percentile(x, (2.5, 97.5)) for x in samples], (-1, 2)).T
-        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+        known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).all(0))
+        points = np.array_split(known, max(1, min(len(known), 200)))  # at most 200, each of adjacent rows
+        steps = [metrics["env_step"][0, point].mean() for point in points if len(known)]
+        values = np.array([metrics[key][:, point].mean(1) for point in points if len(known)]).reshape(-1, num_seeds)
+        (line,) = axes.plot(steps, trim_mean(values, 0.25, axis=1), label=label, marker=".")
+        band = np.percentile(trim_mean(values[:, resamples], 0.25, axis=2), (2.5, 97.5), axis=1)
+        axes.fill_between(steps, *band, color=line.get_color(), alpha=0.25, linewidth=0)
     ylabel = "episode return" + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
     axes.set(title=title, xlabel="environment steps", ylabel=ylabel)
     axes.legend(), axes.grid(alpha=0.3)
@@ -693,55 +712,27 @@ def catch_signals():
         signal.signal(number, old)
 
 
-def run(
-    config: Config | None = None,
-    SEED: int = 0,
-    NUM_SEEDS: int = 1,
-    SAVE_PATH: str | None = "runs",
-    RESUME: str | None = None,
-    LOG_INTERVAL: int | None = None,
-    CHECKPOINT_INTERVAL: int | None = None,
-    WANDB_MODE: str = "disabled",
-    ENTITY: str | None = None,
-    PROJECT: str = "pqn",
-    WANDB_LOG_ALL_SEEDS: bool = False,
-    COMPILATION_CACHE: str | None = "~/.cache/pqn",
-):
-    """Train, log, save and evaluate: what the command line does.
-
-    SEED, NUM_SEEDS: seed i trains with `jax.random.split(jax.random.key(SEED), NUM_SEEDS)[i]`.
-    SAVE_PATH: where the run's folder is made; None: nothing is written.
-    RESUME: a run's folder, or "latest". Its configuration is the folder's; only TOTAL_TIMESTEPS may change.
-    LOG_INTERVAL, CHECKPOINT_INTERVAL: in updates; None: a 1,000th and a 20th of the run. A logged row is the mean over
-        its interval; metrics.csv is written with the checkpoints.
-    WANDB_MODE: online, offline or disabled. ENTITY, PROJECT: wandb's. WANDB_LOG_ALL_SEEDS: also each seed's curves.
-    COMPILATION_CACHE: the folder of JAX's persistent cache, unless JAX has been given one; None: no cache.
+def run(config: Config | None = None, **settings):
+    """Train, log, save and evaluate: what the command line does. `settings`: see Settings.
 
     Returns `train`'s dictionary, metrics as logged [num_seeds, rows], with "score" (the mean over seeds of the last
     evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
     """
-    settings = {key: value for key, value in locals().items() if key != "config"}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(run).parameters.items()}
-    for key, low in {"SEED": 0, "NUM_SEEDS": 1, "LOG_INTERVAL": 1, "CHECKPOINT_INTERVAL": 1}.items():
-        if settings[key] is not None and not (isinstance(settings[key], int) and settings[key] >= low):
-            raise UserError(f"{key}={settings[key]!r} is not allowed: must be a whole number of at least {low}")
-    if WANDB_MODE not in ("online", "offline", "disabled"):
-        raise UserError(f"WANDB_MODE={WANDB_MODE!r} is not allowed: must be online, offline or disabled")
-    config = config or (None if RESUME else Config())
-    folder = run_folder(config, **settings)
-    if RESUME:
-        config, settings = resumed(folder, config, settings, defaults)
-    if settings["COMPILATION_CACHE"] and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings["COMPILATION_CACHE"]))
-    num_updates, num_seeds, batch = config.NUM_UPDATES, settings["NUM_SEEDS"], config.NUM_ENVS * config.NUM_STEPS
-    log_interval = settings["LOG_INTERVAL"] or max(1, num_updates // 1000)
-    checkpoint_interval = settings["CHECKPOINT_INTERVAL"] or max(1, num_updates // 20)
+    given, settings = settings, Settings(**settings)
+    config = config or (None if settings.RESUME else Config())
+    folder = run_folder(config, settings)
+    if settings.RESUME:
+        config, settings = resumed(folder, config, given)
+    if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
+    num_updates, num_seeds = config.NUM_UPDATES, settings.NUM_SEEDS
+    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
+    checkpoint_interval = settings.CHECKPOINT_INTERVAL or max(1, num_updates // 20)
     if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
         print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
 
-    train, rows, done, checkpoints, log = make_train(config), [], 0, None, None
-    keys = jax.random.split(jax.random.key(settings["SEED"]), num_seeds)
-    start = time.time()
+    train, rows, checkpoints, log, start = make_train(config), [], None, None, time.time()
+    keys = jax.random.split(jax.random.key(settings.SEED), num_seeds)
     state = train(keys, num_updates=0, length=log_interval)["runner_state"]
     print(f"Compiled in {time.time() - start:.1f} s for {jax.local_device_count()} x {jax.devices()[0].device_kind}")
     if folder:
@@ -749,52 +740,46 @@ def run(
 
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-        state, done, rows = restore(folder, checkpoints, state) if RESUME else (state, done, rows)
+        state, rows = restore(folder, checkpoints, state) if settings.RESUME else (state, rows)
         attempt("writing config.yaml", write_settings, folder, config, settings)
         print(f"Run folder: {folder}")
-    if settings["WANDB_MODE"] != "disabled":
+    if settings.WANDB_MODE != "disabled":
         log = attempt("starting wandb", start_wandb, config, folder, settings)
 
-    start, finite = time.time() - (rows[-1]["time"][0] if rows else 0), np.full(num_seeds, True)
-    scale = {"total": num_updates * batch * num_seeds, "initial": done * batch * num_seeds, "unit_scale": True}
-    with tqdm(desc=config.ENV_NAME, unit="step", **scale) as bar, catch_signals() as interrupted:
+    done, steps = int(state.update_steps[0]), counters(config, 1)["env_step"] * num_seeds  # of one update
+    finite, start = np.full(num_seeds, True), time.time() - (rows[-1]["time"][0] if rows else 0)
+    progress = {"total": num_updates * steps, "initial": done * steps, "unit": "step", "unit_scale": True}
+    with tqdm(desc=config.TASK, **progress) as bar, catch_signals() as interrupted:
         while done < num_updates and not interrupted:
             chunk, before = min(log_interval, num_updates - done), time.time()
             out = train(state=state, num_updates=chunk, length=log_interval)
             state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
-            done, now, steps = done + chunk, time.time(), chunk * batch * num_seeds
-            row = {"update_steps": done, "env_step": done * batch, "time": now - start, "sps": steps / (now - before)}
-            row["grad_steps"] = done * config.NUM_EPOCHS * config.NUM_MINIBATCHES
-            row = {key: as_column(key, [value] * num_seeds) for key, value in row.items()}
+            due = (done + chunk) // checkpoint_interval > done // checkpoint_interval
+            done, now = done + chunk, time.time()
+            row = {"update_steps": done}
+            row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
+            row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
             row |= {key: nanmean(x, 1) for key, x in metrics.items() if key != "update_steps"}
             rows.append(row)
-            bar.update(steps)
+            bar.update(chunk * steps)
             bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
             for seed in np.flatnonzero(finite & ~np.isfinite(row["td_loss"])):
-                bar.write(
-                    f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on", file=sys.stderr
-                )
+                warning = f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on"
+                bar.write(warning, file=sys.stderr)
             finite &= np.isfinite(row["td_loss"])
             if log:
-                attempt("logging to wandb", log_wandb, log, row, settings["WANDB_LOG_ALL_SEEDS"])
-            due = (
-                done == num_updates
-                or interrupted
-                or done // checkpoint_interval > (done - chunk) // checkpoint_interval
-            )
-            if checkpoints and due:
+                attempt("logging to wandb", log_wandb, log, row, settings.WANDB_LOG_ALL_SEEDS)
+            if checkpoints and (due or interrupted or done == num_updates):
                 attempt("saving", save, folder, checkpoints, state, rows)
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 
     metrics = {key: np.stack([row[key] for row in rows], 1) for key in (rows[0] if rows else ())}
-    test = {key: x[:, np.isfinite(x).any(0)][:, -1:] for key, x in metrics.items() if key.startswith("test/")}
-    test = {key: x[:, 0] for key, x in test.items() if x.size}  # the last evaluation
-    if not test and not interrupted:
-        keys = jax.vmap(partial(jax.random.fold_in, data=done))(state.key)
-        test = jax.tree.map(np.asarray, jax.jit(jax.vmap(train.evaluate))(state, keys))
-    print_scores({key: x[:, -1] for key, x in metrics.items() if key.startswith("returned_")} | test)
-    png = attempt("drawing the learning curve", learning_curve, metrics, f"{config.ALG_NAME} on {config.ENV_NAME}")
+    scores = {key: x[:, -1] for key, x in metrics.items() if key.startswith(("returned_", "test/"))}
+    if not interrupted and np.isnan(scores.get("test/returned_episode_returns", np.nan)).all():
+        scores |= jax.tree.map(np.asarray, train.test(state))
+    print_scores(scores)
+    png = attempt("drawing the learning curve", learning_curve, metrics, f"{config.ALG_NAME} on {config.TASK}")
     if png and folder:
         attempt("saving the learning curve", (folder / "learning_curve.png").write_bytes, png)
     if png and "ipykernel" in sys.modules:
@@ -803,42 +788,39 @@ def run(
         display(Image(png))
     if log:
         attempt("closing wandb", log.finish)
-    score = float(nanmean(test["test/returned_episode_returns"])) if test else float("nan")
+    score = float(nanmean(scores.get("test/returned_episode_returns", np.array(np.nan))))
     out = {"runner_state": state, "metrics": metrics, "score": score, "folder": folder}
     return out | {"interrupted": interrupted[0] if interrupted else None}
 
 
 def main():
-    """The command line: Hydra composes `run`'s arguments and, under `alg`, the Config."""
+    """The command line: Hydra composes Settings and, under `alg`, the Config."""
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    arguments = [(p.name, p.annotation, p.default) for p in inspect.signature(run).parameters.values()][1:]
-    settings = dataclasses.make_dataclass("Settings", [*arguments, ("alg", Config, field(default_factory=Config))])
+    alg = ("alg", Config, field(default_factory=Config))
     quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
     sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
     output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
     store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
-    store.store(name="settings", node=settings)
+    store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    if not configs.is_dir():  # this file alone: its defaults are the recipe
+    path, name = (str(configs), "config") if configs.is_dir() else (None, "schema")
+    if not path:  # this file alone: its defaults are the recipe
         store.store(group="alg", name=Config.ALG_NAME, node=Config)
-    where = (
-        {"config_path": str(configs), "config_name": "config"}
-        if configs.is_dir()
-        else {"config_path": None, "config_name": "schema"}
-    )
 
-    @hydra.main(version_base="1.3", **where)
+    @hydra.main(version_base="1.3", config_path=path, config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")
         try:
             if cfg.RESUME:  # what is not overridden is the folder's
-                given = {override.lstrip("+").split("=")[0] for override in HydraConfig.get().overrides.task}
-                saved = read_settings(run_folder(None, **settings))["alg"]
+                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+                given = {".".join(key.split(".")[:2]) for key in keys}
+                saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
+                settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
                 alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}
             out = run(Config(**alg), **settings)
         except UserError as error:

@@ -1,8 +1,11 @@
-"""Shared by the tests: the scripts, a tiny configuration of each, and the command line as a subprocess."""
+"""Shared by the tests: the scripts, a tiny configuration of each, and their command lines as processes."""
 
+import importlib
+import itertools
+import multiprocessing
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,22 +30,55 @@ TINY = {
 }
 
 
+# Commands are forked from a process that has imported what takes seconds to import.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["flax.linen", "optax", "seaborn", "hydra", "orbax.checkpoint", "rich.table"])
+os.environ["PYTHONPATH"] = str(ROOT)
+
+
+class Command:
+    """A script's command line in a process of its own: exit code, output and errors; arguments as in a shell."""
+
+    count = itertools.count()
+
+    def __init__(self, folder, script, *arguments):
+        self.files = [folder / f"{next(self.count)}.{stream}" for stream in ("out", "err")]
+        self.process = FORKS.Process(target=self.call_main, args=(folder, script, arguments, *self.files))
+        self.process.start()
+
+    @staticmethod
+    def call_main(folder, script, arguments, *files):
+        os.chdir(folder)
+        for stream, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = [f"{script}.py", *arguments]
+        importlib.import_module(script).main()
+
+    @property
+    def out(self):
+        return self.files[0].read_text()
+
+    @property
+    def err(self):
+        return self.files[1].read_text()
+
+    @property
+    def running(self):
+        return self.process.is_alive()
+
+    @property
+    def code(self):
+        self.process.join(600)
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
 @pytest.fixture
 def command(tmp_path):
-    """Run a script as a user does, in an empty folder: command("pqn_minatar", "alg.LR=1e-3")."""
-
-    def run(script, *arguments, check=True, wait=True, **options):
-        path = script if str(script).endswith(".py") else ROOT / f"{script}.py"
-        options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        process = subprocess.Popen([sys.executable, str(path), *arguments], **options)
-        if not wait:
-            return process
-        process.stdout_text, process.stderr_text = process.communicate(timeout=600)
-        if check:
-            assert process.returncode == 0, process.stderr_text
-        return process
-
-    return run
+    """Run a script's command line in an empty folder: command("pqn_minatar", "alg.LR=1e-3").code."""
+    return partial(Command, tmp_path)
 
 
 def tiny_arguments(**changes):

@@ -26,7 +26,7 @@ ENVIRONMENTS = [
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_discrete_action_environments_train(name):
     """Matrices are flattened, integers cast, discrete observations one-hot."""
-    config = pqn.Config(**TINY | {"ENV_NAME": name, "TOTAL_TIMESTEPS": 64})
+    config = pqn.Config(**TINY | {"ENV_NAME": name, "TOTAL_TIMESTEPS": 64, "TEST_DURING_TRAINING": False})
     out = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))
     assert np.isfinite(out["metrics"]["td_loss"]).all()
     inputs = jax.tree.leaves(out["runner_state"].params["Dense_0"]["kernel"])[0].shape[1]
