@@ -30,14 +30,13 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +44,11 @@ import optax
 from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
+
+with suppress(RuntimeError):  # JAX has started already: in a notebook, say
+    if jax.config.jax_num_cpu_devices < 1:  # each CPU core a device, so that seeds train side by side
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+import gymnax  # noqa: E402 (it starts JAX)
 
 SCRIPT = "pqn_gymnax"
 
@@ -431,7 +435,7 @@ def make_train(config):
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
     def update_seeds(state):
-        # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
+        # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:

@@ -68,7 +68,7 @@ print(json.dumps(out))
 def test_seeds_are_spread_over_devices_and_the_numbers_are_those_of_one():
     results = []
     for devices in (1, 4):
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", SHARDED, str(ROOT), json.dumps(TINY)]
         results.append(json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout))
     one, four = results
