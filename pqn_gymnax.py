@@ -118,7 +118,8 @@ def check(config, key, valid, allowed):
 def check_numbers(config):
     """Check types and ranges of a Config's fields, and make its counts integers."""
     counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
-    counts += "TEST_NUM_ENVS TEST_NUM_STEPS HIDDEN_SIZE NUM_LAYERS"
+    counts += "TEST_NUM_ENVS TEST_NUM_STEPS TEST_ENVS HIDDEN_SIZE NUM_LAYERS "
+    counts += "NUM_RNN_LAYERS MEMORY_WINDOW OPTIMISTIC_RESET_RATIO"
     fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA".split()
     for key, kind in ((f.name, f.type) for f in fields(config)):
         value = getattr(config, key)
@@ -130,14 +131,15 @@ def check_numbers(config):
         else:
             check(config, key, isinstance(value, kind), f"of type {kind.__name__}")
         if key in counts.split():
-            check(config, key, value >= 1 and value == int(value), "a whole number of at least 1")
+            least = 0 if key in ("NUM_RNN_LAYERS", "MEMORY_WINDOW") else 1
+            check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
             setattr(config, key, int(value))
         check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
         check(config, key, key not in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL") or value > 0, "greater than 0")
+        check(config, key, key != "TEST_INTERVAL" or value <= 1, "a fraction of the run, at most 1")
     batch = config.NUM_ENVS * config.NUM_STEPS
     divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
     check(config, "NUM_MINIBATCHES", divides, divisor)
-    check(config, "TEST_INTERVAL", config.TEST_INTERVAL <= 1, "a fraction of the run, at most 1")
     check(config, "TOTAL_TIMESTEPS", config.NUM_UPDATES >= 1, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
 
 

@@ -115,7 +115,8 @@ def check(config, key, valid, allowed):
 def check_numbers(config):
     """Check types and ranges of a Config's fields, and make its counts integers."""
     counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
-    counts += "TEST_NUM_ENVS TEST_NUM_STEPS HIDDEN_SIZE NUM_LAYERS"
+    counts += "TEST_NUM_ENVS TEST_NUM_STEPS TEST_ENVS HIDDEN_SIZE NUM_LAYERS "
+    counts += "NUM_RNN_LAYERS MEMORY_WINDOW OPTIMISTIC_RESET_RATIO"
     fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA".split()
     for key, kind in ((f.name, f.type) for f in fields(config)):
         value = getattr(config, key)
@@ -127,14 +128,15 @@ def check_numbers(config):
         else:
             check(config, key, isinstance(value, kind), f"of type {kind.__name__}")
         if key in counts.split():
-            check(config, key, value >= 1 and value == int(value), "a whole number of at least 1")
+            least = 0 if key in ("NUM_RNN_LAYERS", "MEMORY_WINDOW") else 1
+            check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
             setattr(config, key, int(value))
         check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
         check(config, key, key not in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL") or value > 0, "greater than 0")
+        check(config, key, key != "TEST_INTERVAL" or value <= 1, "a fraction of the run, at most 1")
     batch = config.NUM_ENVS * config.NUM_STEPS
     divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
     check(config, "NUM_MINIBATCHES", divides, divisor)
-    check(config, "TEST_INTERVAL", config.TEST_INTERVAL <= 1, "a fraction of the run, at most 1")
     check(config, "TOTAL_TIMESTEPS", config.NUM_UPDATES >= 1, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
 
 
@@ -155,23 +157,26 @@ def make_env(config):
 
 
 class Conv(nn.Module):
-    """A 3x3 convolution without padding, [C, H, W, B] -> [features, H-2, W-2, B], with nn.Conv's parameters.
+    """A convolution without padding, [C, H, W, B] -> [features, H', W', B], with nn.Conv's parameters.
 
-    Written as one matrix product over nine shifted slices: nn.Conv's gradient is slow inside a loop on CPU (JAX issue
+    Written as one matrix product over shifted slices: nn.Conv's gradient is slow inside a loop on CPU (JAX issue
     12868), and under a vmap over seeds it becomes a grouped convolution, slow on GPU (JAX issue 13800).
     """
 
     features: int
+    size: int = 3
+    stride: int = 1
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, x.shape[0], self.features))
+        kernel = self.param("kernel", nn.initializers.he_normal(), (self.size, self.size, len(x), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        height, width = x.shape[1] - 2, x.shape[2] - 2
-        patches = jnp.concatenate([x[:, :, j : j + width] for j in range(3)])
-        patches = jnp.concatenate([patches[:, i : i + height] for i in range(3)])
+        height, width = (n - self.size + 1 for n in x.shape[1:3])
+        patches = jnp.concatenate([x[:, :, j : j + width : self.stride] for j in range(self.size)])
+        patches = jnp.concatenate([patches[:, i : i + height : self.stride] for i in range(self.size)])
+        shape = (self.features, *patches.shape[1:])
         x = kernel.reshape(-1, self.features).T @ patches.reshape(len(patches), -1) + bias[:, None]
-        return x.reshape(self.features, height, width, -1)
+        return x.reshape(shape)
 
 
 class Dense(nn.Module):

@@ -1,0 +1,117 @@
+"""Steps per second of pqn_vdn_jaxmarl.py, beside the environment's own and the arithmetic floor, and where the time goes.
+
+    python benchmarks/throughput_vdn.py pqn_vdn_overcooked
+    python benchmarks/throughput_vdn.py pqn_vdn_smax --updates 2 --turns 3 alg.MAP_NAME=3m
+    python benchmarks/throughput_vdn.py pqn_vdn_smax --policies          # what the random and the untrained policy score
+
+A recipe of configs/alg as published but for evaluations, which are off; `alg.KEY=value` changes it. Each figure is the median over the
+turns; compilation is left out. The floor: the products of one step (forward for the rollout, three times that for each pass
+of training) at the rate of a 2048^3 matrix product on this machine.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from throughput import matrix_rate  # noqa: E402
+
+import pqn_vdn_jaxmarl as pqn  # noqa: E402
+
+
+def seconds(function, state, turns):
+    """The median time of a call; function gives what it is called with next."""
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        state = jax.block_until_ready(function(state))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def flops_of_a_step(config):
+    """Floating-point operations in the products of one step of one environment, all agents."""
+    env, network = pqn.make_env(config), pqn.make_network(config)
+    obs = jax.eval_shape(env.reset, jax.random.key(0))[0]
+    hidden = jnp.zeros((1, len(env.agents), config.HIDDEN_SIZE))
+    params = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1, *obs.shape)), hidden)["params"]
+    positions = np.prod(obs.shape[1:3]) if config.NETWORK == "cnn" else 1
+    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if "kernel" in path[-1].key]
+    forward = len(env.agents) * sum(2 * x.size * (positions if x.ndim == 4 else 1) for x in kernels)
+    recurrent = config.NETWORK == "rnn"  # the window and the last state, too
+    passes = config.NUM_EPOCHS * (1 + recurrent * (config.MEMORY_WINDOW + 1) / config.NUM_STEPS)
+    return forward * (1 + 3 * passes)
+
+
+def print_policies(config, num_seeds=5):
+    """Evaluations of the random policy and of the greedy one before training, means over seeds."""
+    for name, epsilon in (("random", 1.0), ("untrained", 0.0)):
+        train = pqn.make_train(dataclasses.replace(config, EPS_TEST=epsilon))
+        state = jax.vmap(train.init)(jax.random.split(jax.random.key(0), num_seeds))
+        print(
+            f"{config.TASK}, {name} policy:", {key: round(float(x.mean()), 3) for key, x in train.test(state).items()}
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("changes", nargs="*", metavar="alg.KEY=value")
+    parser.add_argument("--updates", type=int, default=4, help="in one timing")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--policies", action="store_true", help="instead: scores without training")
+    args = parser.parse_args()
+    recipe = OmegaConf.load(ROOT / f"configs/alg/{args.recipe}.yaml")
+    changes = OmegaConf.from_dotlist([change.removeprefix("alg.") for change in args.changes])
+    alg = OmegaConf.to_container(OmegaConf.merge(recipe, changes))
+    config = pqn.Config(**alg | {"TEST_DURING_TRAINING": False})
+    if args.policies:
+        return print_policies(config)
+    steps, train, env = config.NUM_ENVS * config.NUM_STEPS, pqn.make_train(config), pqn.make_env(config)
+
+    def random_step(state, key):
+        key_act, key_step = jax.random.split(key)
+        available = jax.vmap(env.available)(state)
+        action = pqn.explore(key_act, available, available, 1.0)
+        return jax.vmap(env.step)(jax.random.split(key_step, config.NUM_ENVS), state, action)[1], None
+
+    @jax.jit
+    def play(carry):
+        key, state = carry
+        key, *keys = jax.random.split(key, config.NUM_STEPS + 1)
+        return key, jax.lax.scan(random_step, state, jnp.stack(keys))[0]
+
+    start = time.perf_counter()
+    updates = partial(train, num_updates=args.updates)
+    state = jax.block_until_ready(updates(jax.random.split(jax.random.key(0), 1))["runner_state"])
+    print(f"{config.TASK}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(f"  first call, compilation included: {time.perf_counter() - start:.1f} s", flush=True)
+    floor = flops_of_a_step(config) * steps / (1e9 * matrix_rate())
+    print(
+        f"  arithmetic floor: {steps / floor:,.0f} steps/s ({flops_of_a_step(config) / 1e6:,.0f} MFLOP a step)",
+        flush=True,
+    )
+    one = jax.tree.map(lambda x: x[0], state)
+    playing = seconds(play, play((one.key, one.env_state)), args.turns)
+    print(f"  environment alone, random actions: {steps / playing:,.0f} steps/s", flush=True)
+    rollout = jax.jit(lambda state: train.rollout(state)[0])
+    acting = seconds(rollout, rollout(one), args.turns)
+    print(f"  rollouts alone: {steps / acting:,.0f} steps/s", flush=True)
+    update = seconds(lambda state: updates(state=state)["runner_state"], state, args.turns) / args.updates
+    print(f"  training: {steps / update:,.0f} steps/s, {floor / update:.0%} of the floor")
+    shares = (playing, acting - playing, update - acting)
+    print("  time: environment {:.0%}, acting {:.0%}, learning {:.0%}".format(*(x / update for x in shares)))
+
+
+if __name__ == "__main__":
+    main()
