@@ -458,8 +458,9 @@ def make_train(config):
         hidden = state.window_hidden
         state, sequence, episodes = rollout(state)
 
-        def learn_from(state, envs):  # gathers one minibatch at a time: the rollout is never copied whole
-            minibatch = jax.tree.map(lambda x: x[envs], hidden), jax.tree.map(lambda x: x[:, envs], sequence)
+        def learn_from(state, envs):  # gathers a minibatch by rows: the rollout is never copied or transposed whole
+            steps = jnp.arange(len(sequence.obs))[:, None]
+            minibatch = jax.tree.map(lambda x: x[envs], hidden), jax.tree.map(lambda x: x[steps, envs], sequence)
             return learn(state, minibatch)
 
         def epoch(state, key):

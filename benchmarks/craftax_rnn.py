@@ -20,6 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from craftax.craftax_env import make_craftax_env_from_name  # noqa: E402
 from throughput import matrix_rate  # noqa: E402
 
 import pqn_craftax_rnn as pqn  # noqa: E402
@@ -32,27 +33,39 @@ def seconds(function, state, turns):
         start = time.perf_counter()
         jax.block_until_ready(function(state))
         times.append(time.perf_counter() - start)
-    print(f"  first call, compilation included: {times[0]:.1f} s")
     return statistics.median(times[1:])
 
 
-def random_play(config, train):
-    """NUM_STEPS steps of every environment with random actions, resets included."""
+def random_play(config, train, auto_reset=False):
+    """NUM_STEPS steps of every environment with random actions and resets: state -> state. auto_reset: Craftax's own."""
     env, params = pqn.make_env(config)
     step_env = jax.vmap(env.step_env, (0, 0, 0, None))
+    own = jax.vmap(make_craftax_env_from_name(config.ENV_NAME, auto_reset=True).step, (0, 0, 0, None))
 
     def step(carry, key):
-        obs, env_state = carry
         key_action, key_step, key_reset = jax.random.split(key, 3)
         action = jax.random.randint(key_action, (config.NUM_ENVS,), 0, env.num_actions)
-        keys_step = jax.random.split(key_step, config.NUM_ENVS)
-        obs, env_state, _, done, _ = step_env(keys_step, env_state, action, params)
-        return train.restart(key_reset, done, obs, env_state), done
+        args = jax.random.split(key_step, config.NUM_ENVS), carry[1], action, params
+        if auto_reset:
+            return own(*args)[:2], None
+        obs, env_state, _, done, _ = step_env(*args)
+        return train.restart(key_reset, done, obs, env_state), None
 
     def play(state):
-        return jax.lax.scan(step, (state.obs, state.env_state), jax.random.split(state.key, config.NUM_STEPS))
+        key, key_play = jax.random.split(state.key)
+        keys = jax.random.split(key_play, config.NUM_STEPS)
+        obs, env_state = jax.lax.scan(step, (state.obs, state.env_state), keys)[0]
+        return state.replace(key=key, obs=obs, env_state=env_state)
 
     return jax.jit(play)
+
+
+def start(config, train):
+    """A state in the midst of episodes: after 512 random steps, so that they end at any time."""
+    state, play = jax.jit(train.init)(jax.random.key(0)), random_play(config, train)
+    for _ in range(-(-512 // config.NUM_STEPS)):
+        state = play(state)
+    return state
 
 
 def megaflop(config, obs_size, num_actions):
@@ -68,7 +81,7 @@ def megaflop(config, obs_size, num_actions):
 
 def speed(config, turns):
     train = pqn.make_train(config)
-    state = jax.jit(train.init)(jax.random.key(0))
+    state = start(config, train)
     steps = config.NUM_ENVS * config.NUM_STEPS
     functions = {"random actions": random_play(config, train), "rollout": jax.jit(train.rollout)}
     functions["update"] = jax.jit(train.update)
@@ -98,12 +111,16 @@ def learning(parts, forward, config, rate):
 
 
 def resets(config, turns):
-    for optimistic in (False, True):
-        config.USE_OPTIMISTIC_RESETS = optimistic
+    plays, state = {}, start(config, pqn.make_train(config))
+    for name in ("optimistic resets", "plain resets", "Craftax's own resets"):
+        config.USE_OPTIMISTIC_RESETS = name == "optimistic resets"
         train = pqn.make_train(config)
-        state = jax.jit(train.init)(jax.random.key(0))
-        value = seconds(random_play(config, train), state, turns)
-        print(f"optimistic resets {optimistic}: {config.NUM_ENVS * config.NUM_STEPS / value:,.0f} steps/s")
+        plays[name] = random_play(config, train, name == "Craftax's own resets")
+        jax.block_until_ready(plays[name](state))
+    times = [{name: seconds(play, state, 1) for name, play in plays.items()} for _ in range(turns)]
+    for name in plays:
+        value = statistics.median(turn[name] for turn in times)
+        print(f"{name}: {config.NUM_ENVS * config.NUM_STEPS / value:,.0f} steps/s")
 
 
 def memory(config, turns):

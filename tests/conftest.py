@@ -16,6 +16,7 @@ CACHE = ROOT / ".pytest_cache" / "jax"  # compiled programs, for all tests and t
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # most of the suite's time is compilation
 os.environ["COLUMNS"] = "200"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("pqn_*.py"))
 TINY = {
@@ -43,14 +44,17 @@ class Command:
 
     def __init__(self, folder, script, *arguments):
         self.files = [folder / f"{next(self.count)}.{stream}" for stream in ("out", "err")]
-        self.process = FORKS.Process(target=self.call_main, args=(folder, script, arguments, *self.files))
+        for file in self.files:
+            file.touch()
+        process = partial(FORKS.Process, daemon=True)  # it ends with the tests, whatever became of its own
+        self.process = process(target=self.call_main, args=(folder, script, arguments, *self.files))
         self.process.start()
 
     @staticmethod
     def call_main(folder, script, arguments, *files):
         os.chdir(folder)
         for stream, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY), stream)
+            os.dup2(os.open(file, os.O_WRONLY), stream)
         sys.argv = [f"{script}.py", *arguments]
         importlib.import_module(script).main()
 
