@@ -195,8 +195,9 @@ def test_an_update_trains_on_every_environment_once_an_epoch(probe, monkeypatch)
     np.testing.assert_allclose(metrics["qvals"], whole["qvals"], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimistic, ratio", [(False, 16), (True, 4), (True, 16), (True, 5)])
-@pytest.mark.parametrize("limits", [(2, 9), (3, 3)])
+@pytest.mark.parametrize(
+    "optimistic, ratio, limits", [(False, 16, (2, 9)), (True, 4, (3, 3)), (True, 16, (2, 9)), (True, 5, (2, 9))]
+)
 def test_every_episode_gets_its_own_world_at_once_however_many_end_together(probe, optimistic, ratio, limits):
     """Times count up from 0 in one world to its length, the next step starts another; no two episodes share a world."""
     config, train, state = probe(
