@@ -366,7 +366,7 @@ def make_train(config):
     optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
 
     def each_seed(function, *args):
-        # Seeds take turns on CPU, where it is as fast; elsewhere they are vmapped.
+        # Seeds take turns on CPU, where one device steps all emulators and it is as fast; elsewhere they are vmapped.
         if jax.default_backend() == "cpu":
             return jax.lax.map(lambda args: function(*args), args)
         return jax.vmap(function)(*args)

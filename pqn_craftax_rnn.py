@@ -509,7 +509,7 @@ def make_train(config):
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
     def update_seeds(state):
-        # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
+        # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:

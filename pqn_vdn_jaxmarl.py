@@ -108,10 +108,8 @@ class Config:
         kinds, norms = ("rnn", "cnn", "mlp"), ("layer_norm", "batch_norm", "none")
         check(self, "NETWORK", self.NETWORK in kinds, "rnn, cnn or mlp")
         check(self, "NORM_TYPE", self.NORM_TYPE in norms, "layer_norm, batch_norm or none")
-        window, longest = self.MEMORY_WINDOW, self.NUM_STEPS if self.NETWORK == "rnn" else 0
-        whole = window == int(window) and 0 <= window <= longest
-        check(self, "MEMORY_WINDOW", whole, f"a whole number, at most {longest}: NUM_STEPS with rnn, else 0")
-        self.MEMORY_WINDOW = int(window)
+        longest = self.NUM_STEPS if self.NETWORK == "rnn" else 0
+        check(self, "MEMORY_WINDOW", self.MEMORY_WINDOW <= longest, f"at most {longest}: NUM_STEPS with rnn, else 0")
         divides = self.NETWORK != "rnn" or self.NUM_ENVS % self.NUM_MINIBATCHES == 0
         check(self, "NUM_MINIBATCHES", divides, f"a divisor of NUM_ENVS = {self.NUM_ENVS} with NETWORK=rnn")
         horizon, env = self.REW_SHAPING_HORIZON, make_env(self)
@@ -452,12 +450,6 @@ def make_network(config):
     return QNetwork(*sizes, config.NORM_TYPE, config.NORM_INPUT)
 
 
-def counters(config, update_steps):
-    """Exact counts after so many updates."""
-    steps, grad_steps = config.NUM_ENVS * config.NUM_STEPS, config.NUM_EPOCHS * config.NUM_MINIBATCHES
-    return {"env_step": update_steps * steps, "grad_steps": update_steps * grad_steps}
-
-
 def make_train(config):
     """Build `train(keys)`: a whole run for each key, compiled as one program, seeds vmapped (see its docstring)."""
     env, network = make_env(config), make_network(config)
@@ -632,22 +624,21 @@ def make_train(config):
         metrics = {f"test/{name}": value for name, value in episode_metrics(*episodes).items()}
         return metrics | {"test/unfinished": jnp.sum(~episodes[0]).astype(jnp.float32)}
 
-    @jax.jit
     def test(state):
-        """Evaluate every seed of a state with keys that training has not used: {"test/...": [num_seeds]}."""
-        keys = jax.vmap(partial(jax.random.fold_in, data=config.NUM_UPDATES))(state.key)
-        return jax.vmap(evaluate)(state, keys)
+        """An evaluation of every seed, after training: [num_seeds] each."""
+        keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
+        return jax.jit(jax.vmap(evaluate))(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
     def update_seeds(state):
-        # Seeds take turns on CPU, where it is as fast and seeds do not wait for each other; elsewhere they are vmapped.
+        # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
-            test = partial(jax.vmap(evaluate), state, keys[:, 1])
+            tests = partial(jax.vmap(evaluate), state, keys[:, 1])
             test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
             due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
-            metrics |= jax.lax.cond(due, test, lambda: nan_like(jax.eval_shape(test)))
+            metrics |= jax.lax.cond(due, tests, lambda: nan_like(jax.eval_shape(tests)))
         return state.replace(key=keys[:, 0]), metrics
 
     def updates(state, active):
@@ -676,6 +667,12 @@ def make_train(config):
     vars(train).update(init=init, rollout=rollout, targets=targets, learn=learn)
     vars(train).update(transitions=transitions, sequences=sequences, update=update, evaluate=evaluate, test=test)
     return train
+
+
+def counters(config, update_steps):
+    """Steps after so many updates, counted in Python: exact at any length."""
+    env_step = update_steps * config.NUM_ENVS * config.NUM_STEPS
+    return {"env_step": env_step, "grad_steps": update_steps * config.NUM_EPOCHS * config.NUM_MINIBATCHES}
 
 
 def nan_like(shapes):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import pqn_minatar  # noqa: E402, F401, I001 (first: a script makes each CPU core a device before JAX starts)
 import baseline  # noqa: E402
 
 # name: (script, its Config beside the defaults, the baseline's recipe, MFLOP of one forward pass)
@@ -88,7 +89,8 @@ def main():
     module = importlib.import_module(script)
     config = module.Config(**changes | {"TOTAL_TIMESTEPS": args.steps, "TEST_DURING_TRAINING": False})
     steps = config.NUM_UPDATES * config.NUM_ENVS * config.NUM_STEPS
-    print(f"{script} {config.ENV_NAME}, {steps:,} steps a seed, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    device = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{script} {config.ENV_NAME}, {steps:,} steps a seed, {device}, jax {jax.__version__}")
     for seeds in args.seeds:
         keys = jax.random.split(jax.random.key(0), seeds)
         train = module.make_train(config)

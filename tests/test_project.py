@@ -36,6 +36,19 @@ def test_same_named_definitions_are_the_same(a, b):
     assert {name for name in a.keys() & b.keys() if a[name] != b[name]} <= allowed
 
 
+def test_inside_make_train_the_whole_run_is_the_same():
+    """Atari's differs: its emulators are stepped outside the map over seeds."""
+
+    def closures(script):
+        tree = ast.parse((ROOT / f"{script}.py").read_text())
+        (make_train,) = (node for node in tree.body if getattr(node, "name", "") == "make_train")
+        names = ("test", "update_seeds", "updates", "compiled", "train")
+        return {node.name: ast.dump(node) for node in make_train.body if getattr(node, "name", "") in names}
+
+    first, *others = (closures(script) for script in SCRIPTS if script != "pqn_atari_envpool")
+    assert len(first) == 5 and all(other == first for other in others)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_function_nests_deeper_than_three(script):
     def depth(node):
