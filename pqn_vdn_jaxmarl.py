@@ -752,7 +752,8 @@ def write_settings(folder, config, settings):
     from omegaconf import OmegaConf
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    about = {"command": shlex.join(sys.argv), "device": jax.devices()[0].device_kind, "versions": versions}
+    about = {"script": SCRIPT, "task": config.TASK, "command": shlex.join(sys.argv)}
+    about |= {"device": jax.devices()[0].device_kind, "versions": versions}
     OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml")
     if "__file__" in globals():
         shutil.copy(__file__, folder / f"{SCRIPT}.py")
@@ -1032,4 +1033,4 @@ def main():
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook cell only defines
-    main()
+    importlib.import_module(Path(__file__).stem).main()  # by name: Hydra's launchers send it to other processes

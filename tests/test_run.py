@@ -295,22 +295,6 @@ def test_script_alone_in_an_empty_folder(name, script, tmp_path):
     assert wrong.returncode == 1 and wrong.stderr.startswith("Error: alg.LR=-1.0 is not allowed")
 
 
-def test_in_a_notebook(name, tmp_path):
-    """The file pasted into a cell defines without running; `run` in the next cell trains and shows its curve."""
-    nbformat = pytest.importorskip("nbformat")
-    from nbclient import NotebookClient
-
-    train = f"out = run(Config(**{TINY!r}), SAVE_PATH={str(tmp_path)!r})\nprint('score', out['score'])"
-    cells = [(ROOT / f"{name}.py").read_text(), train]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
-    assert notebook.cells[0].outputs == []
-    outputs = notebook.cells[1].outputs
-    text = "".join(output.get("text", "") for output in outputs)
-    assert "score" in text and "step/s" in text
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-
-
 def test_recipes_load_and_defaults_are_the_first(name, script):
     from omegaconf import OmegaConf
 

@@ -1,0 +1,157 @@
+"""Around the scripts: notebooks, plot.py, watch.py, and Hydra's sweepers and launchers."""
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, TINY, tiny_arguments
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import generate  # noqa: E402
+
+import plot  # noqa: E402
+
+# Beside TINY: what each script's notebook trains here, on its own defaults else.
+CHANGES = {
+    "pqn_minatar": {"NUM_SEEDS": 2},
+    "pqn_gymnax": {},
+    "pqn_atari_envpool": {"TOTAL_TIMESTEPS": 96, "TEST_ENVS": 1, "ENV_KWARGS": {"max_episode_steps": 60}},
+    "pqn_craftax_rnn": {"ENV_NAME": "Craftax-Classic-Symbolic-v1", "HIDDEN_SIZE": 16, "TOTAL_TIMESTEPS": 96},
+    "pqn_vdn_jaxmarl": {"HIDDEN_SIZE": 16},
+}
+PICTURES = {
+    "pqn_minatar": (160, 160), "pqn_gymnax": (600, 500), "pqn_atari_envpool": (160, 210), "pqn_craftax_rnn": (144, 144),
+    "pqn_vdn_jaxmarl": (500, 500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_notebooks_are_those_of_the_scripts(script):
+    stale = "run: python notebooks/generate.py"
+    assert (ROOT / f"notebooks/{script}.ipynb").read_text() == generate.notebook(script), stale
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_notebook_trains_and_its_agent_can_be_watched(script, tmp_path, monkeypatch, capsys):
+    """The script's cell defines without running; `run` in the next trains and shows its curve; watch.py plays."""
+    import nbformat
+    from nbclient import NotebookClient
+    from PIL import Image
+
+    import watch
+
+    notebook = nbformat.read(ROOT / f"notebooks/{script}.ipynb", 4)
+    title, install, cell, train = notebook.cells
+    changes = CHANGES[script].copy()
+    seeds = changes.pop("NUM_SEEDS", 1)
+    config = {
+        key: value for key, value in (TINY | changes).items() if script != "pqn_atari_envpool" or "TEST_NUM" not in key
+    }
+    if script == "pqn_atari_envpool":
+        config.pop("TEST_INTERVAL")
+    assert install.source.splitlines()[1].startswith("%pip install") and train.source.startswith("out = run(Config(")
+    train.source = f"out = run(Config(**{config!r}), NUM_SEEDS={seeds})\nprint('score', out['score'])"
+    notebook.cells = [cell, train]
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    assert cell.outputs == []
+    text = "".join(output.get("text", "") for output in train.outputs)
+    assert "score" in text and "step/s" in text
+    assert any("image/png" in output.get("data", {}) for output in train.outputs)
+
+    (folder,) = tmp_path.glob("runs/*/*")
+    assert (folder / "params.safetensors").exists() and list(folder.glob("checkpoints/[1-9]*"))
+    shutil.copy(ROOT / f"{script}.py", folder)  # a cell has no file of its own to copy there
+    picture, last = tmp_path / "episode.gif", str(seeds - 1)
+    monkeypatch.setattr(
+        sys, "argv", ["watch.py", str(folder), "--episodes=2", f"--seed-index={last}", f"--out={picture}"]
+    )
+    watch.main()
+    said = capsys.readouterr().out
+    scores = [float(line.split("return ")[1].split()[0]) for line in said.splitlines() if line.startswith("episode")]
+    assert len(scores) == 2 and f"best {max(scores):g}" in said
+    assert Image.open(picture).size == PICTURES[script]
+    monkeypatch.setattr(sys, "argv", ["watch.py", str(folder), f"--seed-index={seeds}"])
+    with pytest.raises(SystemExit, match=f"--seed-index={seeds} is not allowed"):
+        watch.main()
+
+
+def fake_run(folder, seed, returns, lr=1e-3, name="pqn", evaluation=True):
+    """A run's folder with two seeds that score `returns` at every step, and one more each at the end."""
+    folder.mkdir(parents=True)
+    alg = {"ALG_NAME": name, "ENV_NAME": "CartPole-v1", "LR": lr}
+    (folder / "config.yaml").write_text(json.dumps({"SEED": seed, "task": "CartPole-v1", "alg": alg}))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        names = [
+            "seed",
+            "env_step",
+            "time",
+            "update_steps",
+            "returned_episode_returns",
+            "test/returned_episode_returns",
+        ]
+        lines = [
+            [i, 10 * t, t, t, score + (t == 20), score if t % 5 == 0 else "nan"]
+            for t in range(1, 21)
+            for i, score in enumerate(returns)
+        ]
+        csv.writer(file).writerows([names, *lines])
+
+
+def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path / "runs/a/1", 0, (1, 2))
+    fake_run(tmp_path / "runs/a/2", 1, (3, 100))
+    fake_run(tmp_path / "runs/b/1", 0, (7, 7), lr=1e-4)
+    fake_run(tmp_path / "runs/b/0", 0, (8, 8), lr=1e-4)  # the same again, older
+    for name in ("killed", "started", "half"):
+        fake_run(tmp_path / f"runs/{name}/1", 2, (1, 2))
+    for name, keep in (("killed", 11), ("half", 0)):
+        file = tmp_path / f"runs/{name}/1/metrics.csv"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:keep]))
+    (tmp_path / "runs/started/1/metrics.csv").unlink()
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs"), f"--out={tmp_path}"])
+    plot.main()
+    out, err = capsys.readouterr()
+    left_out = {
+        "b/0": "a newer run",
+        "killed/1": "it got to step 50",
+        "half/1": "cannot be read",
+        "started/1": "no metrics",
+    }
+    assert len(err.splitlines()) == 4 and all(f"{key}: " in err and why in err for key, why in left_out.items()), err
+    assert "pqn, LR=0.001" in out and "pqn, LR=0.0001" in out
+    with open(tmp_path / "scores.csv") as file:
+        scores = {row["algorithm"]: row for row in csv.DictReader(file)}
+    row = scores["pqn, LR=0.001"]
+    assert row["seeds"] == "4" and float(row["evaluation"]) == 106 / 4 and float(row["training"]) == 106 / 4 + 0.5
+    assert 1 <= float(row["evaluation_low"]) < 106 / 4 < float(row["evaluation_high"]) <= 100
+    with open(tmp_path / "curves.csv") as file:
+        line = [row for row in csv.DictReader(file) if row["algorithm"] == "pqn, LR=0.001"]
+    assert len(line) == 20 and [float(line[i]["env_step"]) for i in (0, -1)] == [10, 200]
+    assert float(line[0]["iqm"]) == 2.5 and float(line[-1]["iqm"]) == 3.5  # the middle two of 1, 2, 3, 100
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="no run with metrics"):
+        plot.main()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "hydra/launcher=joblib hydra.launcher.n_jobs=2 SEED=0,1",
+        "hydra/launcher=submitit_local hydra.launcher.timeout_min=5 SEED=0,1",
+        "hydra/sweeper=optuna hydra.sweeper.n_trials=2 hydra.sweeper.n_jobs=1 hydra.sweeper.direction=maximize SEED=range(0,9)",
+    ],
+)
+def test_launchers_and_sweepers(override, command, tmp_path):
+    job = command("pqn_gymnax", "-m", *override.split(), *tiny_arguments(), "SAVE_PATH=sweep")
+    assert job.code == 0, job.err
+    assert len(list(tmp_path.glob("sweep/*/*/params.safetensors"))) == 2
+
+
+def test_slurm_launcher_is_configured(command):
+    job = command(
+        "pqn_minatar", "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "--cfg", "hydra", "-p", "hydra.launcher"
+    )
+    assert job.code == 0 and "SlurmLauncher" in job.out and "partition: gpu" in job.out, job.err
