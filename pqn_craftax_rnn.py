@@ -298,7 +298,7 @@ class TrainState(struct.PyTreeNode):
     reset: jax.Array  # [N], and so on: see Transition
     last_action: jax.Array
     hidden: Any  # before obs
-    window: Transition  # the last MEMORY_WINDOW steps, [W, N, ...]
+    window: Transition  # the last MEMORY_WINDOW steps, [W, N, ...]; at least one, as orbax saves no empty array
     window_hidden: Any  # before the window's first step
     episode_return: jax.Array  # [N], of the episodes under way
     episode_length: jax.Array
@@ -376,7 +376,7 @@ def make_train(config):
         obs, env_state = env_reset(jax.random.split(key_reset, config.NUM_ENVS), env_params)
         zeros, hidden = jnp.zeros(config.NUM_ENVS), network.initial_hidden(config.NUM_ENVS)
         start = Transition(obs, zeros == 0, jnp.full(config.NUM_ENVS, -1), jnp.int32(zeros), zeros, zeros > 0)
-        window = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.MEMORY_WINDOW, *x.shape)), start)
+        window = jax.tree.map(lambda x: jnp.broadcast_to(x, (max(1, config.MEMORY_WINDOW), *x.shape)), start)
         variables = network.init(key_network, hidden, *(x[None] for x in start[:3]))
         return TrainState(
             key=key, update_steps=jnp.int32(0), params=variables["params"],
@@ -411,12 +411,13 @@ def make_train(config):
 
         key, *keys = jax.random.split(state.key, 4)
         inputs = jnp.arange(config.NUM_STEPS), *(jax.random.split(k, config.NUM_STEPS) for k in keys)
+        window = jax.tree.map(lambda x: x[: config.MEMORY_WINDOW], state.window)
         extend = lambda x: jnp.concatenate([x, jnp.zeros((config.NUM_STEPS + 1, *x.shape[1:]), x.dtype)])  # noqa: E731
-        carry = state.replace(key=key), jax.tree.map(extend, state.window), state.hidden
+        carry = state.replace(key=key), jax.tree.map(extend, window), state.hidden
         (state, sequence, window_hidden), (episodes, done) = jax.lax.scan(step, carry, inputs)
         last = (x.at[-1].set(y) for x, y in zip(sequence[:3], (state.obs, state.reset, state.last_action), strict=True))
         sequence = Transition(*last, *sequence[3:])
-        window = jax.tree.map(lambda x: x[config.NUM_STEPS : -1], sequence)
+        window = jax.tree.map(lambda x: x[-1 - max(1, config.MEMORY_WINDOW) : -1], sequence)
         episodes = {key: jnp.sum(x * done) / jnp.sum(done) for key, x in episodes.items()}  # NaN where none ended
         return state.replace(window=window, window_hidden=window_hidden), sequence, episodes
 

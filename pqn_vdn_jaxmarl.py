@@ -49,7 +49,10 @@ from tqdm import tqdm
 with suppress(RuntimeError):  # JAX has started already: in a notebook, say
     if jax.config.jax_num_cpu_devices < 1:  # each CPU core a device, so that seeds train side by side
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
+cell_output = sys.stdout, sys.stderr  # of a notebook's cells: importing JaxMARL disconnects them
 import jaxmarl  # noqa: E402 (it starts JAX)
+
+sys.stdout, sys.stderr = cell_output
 from jaxmarl.environments.overcooked import overcooked_layouts  # noqa: E402
 from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO  # noqa: E402
 
