@@ -29,6 +29,17 @@ TINY = {
     "TEST_NUM_ENVS": 4,
     "TEST_NUM_STEPS": 200,
 }
+# Craftax takes long to compile: one program, cached, for all tests of the real environment.
+SHORT_CRAFTAX = {
+    "ENV_NAME": "Craftax-Classic-Symbolic-v1",
+    "ENV_KWARGS": {"max_timesteps": 20},
+    "HIDDEN_SIZE": 16,
+    "NUM_STEPS": 16,
+    "TOTAL_TIMESTEPS": 4 * 16 * 3,
+    "LOG_ACHIEVEMENTS": True,
+    "TEST_INTERVAL": 1.0,
+    "TEST_NUM_STEPS": 60,
+}
 
 
 # Commands are forked from a process that has imported what takes seconds to import.

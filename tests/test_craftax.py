@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import SHORT_CRAFTAX, TINY
 from flax import struct
 from test_algorithm import oracle
 
@@ -399,19 +399,7 @@ def test_bad_input_names_the_key(key):
 
 def test_craftax_classic_trains_and_evaluates():
     """The real environment, through `run`: finite losses, achievements, a score within its bounds, ENV_KWARGS in force."""
-    config = pqn.Config(
-        **SMALL
-        | {
-            "ENV_NAME": "Craftax-Classic-Symbolic-v1",
-            "NUM_STEPS": 16,
-            "TOTAL_TIMESTEPS": 4 * 16 * 3,
-            "LOG_ACHIEVEMENTS": True,
-            "TEST_INTERVAL": 1.0,
-            "TEST_NUM_STEPS": 60,
-            "ENV_KWARGS": {"max_timesteps": 20},
-            "TEST_NUM_ENVS": 4,
-        }  # fmt: skip
-    )
+    config = pqn.Config(**TINY | SHORT_CRAFTAX)
     out = pqn.run(config, SAVE_PATH=None)
     metrics = {key: value[0] for key, value in out["metrics"].items()}
     assert np.isfinite(metrics["td_loss"]).all()

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, TINY, tiny_arguments
+from conftest import ROOT, SCRIPTS, SHORT_CRAFTAX, TINY, tiny_arguments
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import generate  # noqa: E402
@@ -18,7 +18,7 @@ CHANGES = {
     "pqn_minatar": {"NUM_SEEDS": 2},
     "pqn_gymnax": {},
     "pqn_atari_envpool": {"TOTAL_TIMESTEPS": 96, "TEST_ENVS": 1, "ENV_KWARGS": {"max_episode_steps": 60}},
-    "pqn_craftax_rnn": {"ENV_NAME": "Craftax-Classic-Symbolic-v1", "HIDDEN_SIZE": 16, "TOTAL_TIMESTEPS": 96},
+    "pqn_craftax_rnn": SHORT_CRAFTAX,
     "pqn_vdn_jaxmarl": {"HIDDEN_SIZE": 16},
 }
 PICTURES = {
