@@ -596,7 +596,7 @@ class Settings:
 
 
 class Agent(NamedTuple):
-    """A trained agent: Q-values of seed i are `network.apply(jax.tree.map(lambda x: x[i], variables), obs)`."""
+    """A trained agent: `network.apply(jax.tree.map(lambda x: x[i], variables), ...)` is QNetwork with seed i's parameters."""
 
     config: Config
     network: nn.Module
