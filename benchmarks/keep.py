@@ -1,7 +1,7 @@
 """Keep a run as evidence: its config.yaml, curve and the main columns of metrics.csv, in results/<script>_<task>_s<SEED>/.
 
-    python benchmarks/keep.py runs/pqn_minatar_Breakout-MinAtar_s0/<time> <commit that it ran at>
-    python plot.py results --out results        # all that was kept: the figure and the table of the README
+python benchmarks/keep.py runs/pqn_minatar_Breakout-MinAtar_s0/<time> <commit that it ran at>
+python plot.py results --out results        # all that was kept: the figure and the table of the README
 """
 
 import shutil
