@@ -2,13 +2,15 @@
 
     python benchmarks/throughput.py minatar                        # 1 seed; also: cartpole
     python benchmarks/throughput.py minatar --seeds 1 4 10 --steps 2e5 --turns 7
-    python benchmarks/throughput.py minatar --variants             # what bootstrapping at time limits costs, nn.Conv, ...
+    python benchmarks/throughput.py minatar --variants             # what bootstrapping at time limits and evaluations cost
+    python benchmarks/throughput.py cartpole --memory --seeds 1000 --steps 5e5     # of the recipe's program, compiled but not run
 
 Prints, for each number of seeds, compile times, steps per second (all seeds together, median over the turns), their ratio, and the
 arithmetic done as a share of what this machine's matrix products reach. The GPU figures: the same commands with --steps 1e7.
 """
 
 import argparse
+import dataclasses
 import importlib
 import statistics
 import sys
@@ -77,12 +79,24 @@ def timed(name, function, keys):
     return again
 
 
+def print_memory(module, config, keys):
+    """What the compiled program of a logged interval needs on each device, in GiB."""
+    train, updates = module.make_train(config), max(1, config.NUM_UPDATES // 1000)
+    program = jax.jit(lambda keys: tuple(train(keys, num_updates=updates).values())).lower(keys).compile()
+    found = program.memory_analysis()
+    sizes = {"state and metrics": found.output_size_in_bytes, "temporary": found.temp_size_in_bytes}
+    print(f"{len(keys)} seeds: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items()))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--steps", type=float, default=2e5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument(
+        "--memory", action="store_true", help="of a run in intervals of a thousandth, evaluations included"
+    )
     parser.add_argument("--variants", action="store_true", help="compare with variants of the script, not the baseline")
     args = parser.parse_args()
     script, changes, recipe, forward = TASKS[args.task]
@@ -93,9 +107,14 @@ def main():
     print(f"{script} {config.ENV_NAME}, {steps:,} steps a seed, {device}, jax {jax.__version__}")
     for seeds in args.seeds:
         keys = jax.random.split(jax.random.key(0), seeds)
+        if args.memory:
+            print_memory(module, dataclasses.replace(config, TEST_DURING_TRAINING=True), keys)
+            continue
         train = module.make_train(config)
         runs = {"this script": timed("this script", lambda keys, train=train: train(keys)["metrics"], keys)}
         if args.variants:
+            other = module.make_train(dataclasses.replace(config, TEST_DURING_TRAINING=True))
+            runs["with evaluations"] = timed("with evaluations", lambda keys, other=other: other(keys)["metrics"], keys)
             for name, replacements in VARIANTS.items():
                 changed = variant(script, replacements)
                 other = changed.make_train(changed.Config(**vars(config)))
