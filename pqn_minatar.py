@@ -3,7 +3,7 @@
 # dependencies = [
 #   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "gymnax>=1.0.1", "six",
 #   "hydra-core>=1.3.2", "omegaconf>=2.3", "orbax-checkpoint>=0.11", "safetensors>=0.5",
-#   "matplotlib>=3.8", "rich>=13", "tqdm>=4.66", "wandb>=0.19",
+#   "matplotlib>=3.8", "tqdm>=4.66", "wandb>=0.19",
 # ]
 # ///
 """PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) on MinAtar, in one file. Documentation: docs/pqn_minatar.md
@@ -704,15 +704,10 @@ def learning_curve(metrics, title):
 
 
 def print_scores(columns):
-    """A table of final scores: a line a seed (at most 20) and their mean; columns: name -> [num_seeds]."""
-    from rich import print as print_rich
-    from rich.table import Table
-
-    table = Table("seed", *(name.replace("returned_episode_", "") for name in columns))
-    for seed, values in list(enumerate(zip(*columns.values(), strict=True)))[:20]:
-        table.add_row(str(seed), *(f"{x:.2f}" for x in values))
-    table.add_row("mean", *(f"{nanmean(x):.2f}" for x in columns.values()))
-    print_rich(table)
+    """A line per metric: its mean over seeds, and the first ten seeds' values; columns: name -> [num_seeds]."""
+    for name, values in columns.items():
+        each = ", ".join(f"{x:.2f}" for x in values[:10]) + (", ..." if len(values) > 10 else "")
+        print(f"{name:30} {nanmean(values):10.2f}" + (f"  over seeds: {each}" if len(values) > 1 else ""))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ SHORT_CRAFTAX = {
 
 # Commands are forked from a process that has imported what takes seconds to import.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["flax.linen", "optax", "seaborn", "hydra", "orbax.checkpoint", "rich.table"])
+FORKS.set_forkserver_preload(["flax.linen", "optax", "seaborn", "hydra", "orbax.checkpoint"])
 os.environ["PYTHONPATH"] = str(ROOT)
 
 

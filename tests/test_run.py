@@ -133,7 +133,7 @@ def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     variables, obs = jax.tree.map(lambda x: x[1], agent.variables), state.obs[1]
     expected = script.make_network(agent.config).apply({"params": jax.tree.map(lambda x: x[1], state.params)}, obs)
     np.testing.assert_array_equal(agent.network.apply(variables, obs), expected)
-    assert "mean" in capsys.readouterr().out
+    assert "test/returned_episode_returns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes", [{"NORM_INPUT": True}, {"NORM_TYPE": "batch_norm"}])
