@@ -185,6 +185,8 @@ def draw_craftax(pqn, config, steps):
 
 def draw_team(pqn, config, steps):
     """By JaxMARL's visualisers; Hanabi has none that draws."""
+    import jax
+
     env, states = pqn.make_env(config), [state for _, state, _ in steps]
     if config.ENV_NAME == "overcooked":
         from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
@@ -197,8 +199,13 @@ def draw_team(pqn, config, steps):
     elif "SMAX" in config.ENV_NAME:
         from jaxmarl.viz.visualizer import SMAXVisualizer
 
-        visualiser = SMAXVisualizer(env.env, steps)
+        step = jax.jit(env.env.step_env, static_argnames="get_state_sequence")
+        env.env.step_env = lambda *args, **kwargs: jax.device_get(
+            step(*args, **kwargs)
+        )  # NumPy is quicker to draw from
+        visualiser = SMAXVisualizer(env.env, jax.device_get(steps))
         visualiser.expand_state_seq()
+        visualiser.state_seq = jax.device_get(visualiser.state_seq)
         visualiser.init()
         yield from figure_frames(visualiser, len(visualiser.state_seq))
     elif "MPE" in config.ENV_NAME:
