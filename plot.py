@@ -15,6 +15,7 @@ the runs differ). Seeds are pooled. Lines are interquartile means, bands 95% boo
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,8 @@ def interval(values, statistic):
     if values.shape[-1] < 2:
         return np.full((2, *values.shape[:-1]), np.nan)
     options = {"axis": -1, "n_resamples": 2000, "method": "percentile", "rng": np.random.default_rng(0)}
-    return np.array(stats.bootstrap((values,), statistic, **options).confidence_interval)
+    with warnings.catch_warnings(action="ignore"):  # that all seeds have the same score
+        return np.array(stats.bootstrap((values,), statistic, **options).confidence_interval)
 
 
 def iqm(values, axis=-1):

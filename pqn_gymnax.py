@@ -611,8 +611,9 @@ def save(folder, checkpoints, state, rows):
     from safetensors.numpy import save_file
 
     with open(folder / "metrics.csv.new", "w", newline="") as file:
-        lines = ([seed, *values] for row in rows for seed, values in enumerate(zip(*row.values(), strict=True)))
-        csv.writer(file).writerows([["seed", *rows[0]], *lines])
+        columns = [np.concatenate([row[name] for row in rows]) for name in rows[0]]
+        seeds = np.tile(np.arange(len(state.key)), len(rows))
+        csv.writer(file).writerows([["seed", *rows[0]], *zip(seeds, *columns, strict=True)])
     os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
     variables = jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
     save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
