@@ -417,7 +417,7 @@ def make_train(config):
         (state, sequence, window_hidden), (episodes, done) = jax.lax.scan(step, carry, inputs)
         last = (x.at[-1].set(y) for x, y in zip(sequence[:3], (state.obs, state.reset, state.last_action), strict=True))
         sequence = Transition(*last, *sequence[3:])
-        window = jax.tree.map(lambda x: x[-1 - max(1, config.MEMORY_WINDOW) : -1], sequence)
+        window = jax.tree.map(lambda x: x[config.NUM_STEPS : -1], sequence) if config.MEMORY_WINDOW else state.window
         episodes = {key: jnp.sum(x * done) / jnp.sum(done) for key, x in episodes.items()}  # NaN where none ended
         return state.replace(window=window, window_hidden=window_hidden), sequence, episodes
 
@@ -882,11 +882,11 @@ def main():
     store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    path, name = (str(configs), "config") if configs.is_dir() else (None, "schema")
-    if not path:  # this file alone: its defaults are the recipe
+    path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
+    if name == "schema":  # this file alone: its defaults are the recipe
         store.store(group="alg", name=Config.ALG_NAME, node=Config)
 
-    @hydra.main(version_base="1.3", config_path=path, config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")

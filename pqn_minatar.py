@@ -823,11 +823,11 @@ def main():
     store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    path, name = (str(configs), "config") if configs.is_dir() else (None, "schema")
-    if not path:  # this file alone: its defaults are the recipe
+    path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
+    if name == "schema":  # this file alone: its defaults are the recipe
         store.store(group="alg", name=Config.ALG_NAME, node=Config)
 
-    @hydra.main(version_base="1.3", config_path=path, config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")

@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -49,10 +49,8 @@ from tqdm import tqdm
 with suppress(RuntimeError):  # JAX has started already: in a notebook, say
     if jax.config.jax_num_cpu_devices < 1:  # each CPU core a device, so that seeds train side by side
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-cell_output = sys.stdout, sys.stderr  # of a notebook's cells: importing JaxMARL disconnects them
-import jaxmarl  # noqa: E402 (it starts JAX)
-
-sys.stdout, sys.stderr = cell_output
+with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr):  # which importing JaxMARL changes, in notebooks, too
+    import jaxmarl  # it starts JAX
 from jaxmarl.environments.overcooked import overcooked_layouts  # noqa: E402
 from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO  # noqa: E402
 
@@ -1006,11 +1004,11 @@ def main():
     store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    path, name = (str(configs), "config") if configs.is_dir() else (None, "schema")
-    if not path:  # this file alone: its defaults are the recipe
+    path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
+    if name == "schema":  # this file alone: its defaults are the recipe
         store.store(group="alg", name=Config.ALG_NAME, node=Config)
 
-    @hydra.main(version_base="1.3", config_path=path, config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")

@@ -281,9 +281,9 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
     assert process.code == 1 and "config.yaml cannot be read" in process.err
 
 
-def test_sweep(name, command, tmp_path):
-    """A multirun returns the score of each job: Hydra's joblib or optuna plugins take it from there."""
-    process = command(name, "-m", "alg.LR=1e-3,5e-4", "SEED=0,1", *tiny_arguments(TOTAL_TIMESTEPS=1e2))
+def test_sweep(command, tmp_path):
+    """Of one script, since each value of LR compiles; test_tools has more."""
+    process = command("pqn_gymnax", "-m", "alg.LR=1e-3,5e-4", "SEED=0,1", *tiny_arguments(TOTAL_TIMESTEPS=1e2))
     assert process.code == 0, process.err
     folders = list(tmp_path.glob("runs/*_s[01]/*"))
     assert len(folders) == 4 and not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
