@@ -136,8 +136,8 @@ def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     assert "test/returned_episode_returns" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{"NORM_INPUT": True}, {"NORM_TYPE": "batch_norm"}])
-def test_running_statistics_are_trained_saved_and_restored(script, tmp_path, changes):
+def test_running_statistics_are_trained_saved_and_restored(script, tmp_path):
+    changes = {"NORM_INPUT": True, "NORM_TYPE": "batch_norm"}
     config = script.Config(**TINY | changes)
     out = script.run(config, SAVE_PATH=str(tmp_path))
     agent = script.load(out["folder"])
@@ -275,7 +275,7 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
     for arguments, text in cases:
         process = command(name, *arguments)
         assert process.code == 1 and text in process.err and "Traceback" not in process.err
-    assert command(name, "RESUME=latest", "SEED=3", "LOG_INTERVAL=2").code == 0
+    assert command(name, "RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2").code == 0
     (folder / "config.yaml").write_text("alg: [")
     process = command(name, f"RESUME={folder}")
     assert process.code == 1 and "config.yaml cannot be read" in process.err
