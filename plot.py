@@ -33,7 +33,7 @@ COLOURS = [
     "#E69F00",
     "#56B4E9",
     "#000000",
-]  # Okabe and Ito, colour-blind safe
+]  # colour-blind safe (Okabe, Ito)
 AXES = {"env_step": "environment steps", "env_frame": "frames", "time": "training time [s]"}
 METRICS = {"returned_episode_returns": "training return", "test/returned_episode_returns": "evaluation return"}
 
@@ -51,17 +51,20 @@ def read_run(folder):
         table = pd.read_csv(folder / "metrics.csv")
         if table.empty or not {"seed", "env_step", "update_steps"} <= set(table):
             raise ValueError("metrics.csv has no metrics")
+        task = saved.get("task", alg["ENV_NAME"])  # the environment, with map or layout
+        return {"folder": folder, "task": task, "alg": alg, "seed": saved["SEED"], "table": table}
     except FileNotFoundError as error:
         return leave_out(folder, f"no {Path(error.filename).name} yet")
     except Exception as error:
         return leave_out(folder, f"cannot be read ({str(error).splitlines()[0]})")
-    task = saved.get("task", alg["ENV_NAME"])  # the environment, with map or layout
-    return {"folder": folder, "task": task, "alg": alg, "seed": saved["SEED"], "table": table}
 
 
 def read_runs(paths):
     """All runs at or below the paths, in the order of their making."""
     folders = {config.parent for path in paths for config in Path(path).rglob("config.yaml")}
+    folders = {
+        folder for folder in folders if "wandb" not in folder.parts
+    }  # wandb keeps one of its own in a run's folder
     return list(filter(None, map(read_run, sorted(folders, key=lambda folder: folder.name))))
 
 

@@ -11,7 +11,7 @@
     python watch.py runs/pqn_minatar_Breakout-MinAtar_s0/<time>           # ten episodes; the best as watch.gif
     python watch.py <folder> --episodes 30 --seed-index 2 --epsilon 0.01 --out breakout.gif
 
-The agent plays with the script that trained it, of which the folder has a copy.
+The agent plays with the script that trained it, of which the folder has a copy (from a notebook: with the one here).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 
 FRAMES = 1000  # a picture has at most so many
 PALETTE = np.array(  # of MinAtar's channels, on black (Paul Tol's bright and vibrant, colour-blind safe)
@@ -33,11 +34,13 @@ PALETTE = np.array(  # of MinAtar's channels, on black (Paul Tol's bright and vi
 
 
 def load_script(folder):
-    """The module of the script that a run's folder has a copy of."""
-    scripts = sorted(folder.glob("pqn_*.py"))
-    if not scripts:
-        sys.exit(f"Error: {folder} is not the folder of a run: it has no copy of a script")
-    spec = importlib.util.spec_from_file_location(scripts[0].stem, scripts[0])
+    """The module of a run's script: the copy in its folder or, of a run made in a notebook, the one beside this file."""
+    try:
+        name = OmegaConf.load(folder / "config.yaml").script
+        path = next(path for path in (folder / f"{name}.py", Path(__file__).with_name(f"{name}.py")) if path.exists())
+    except Exception:
+        sys.exit(f"Error: {folder} is not the folder of a run: its config.yaml or its script cannot be read")
+    spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -200,9 +203,7 @@ def draw_team(pqn, config, steps):
         from jaxmarl.viz.visualizer import SMAXVisualizer
 
         step = jax.jit(env.env.step_env, static_argnames="get_state_sequence")
-        env.env.step_env = lambda *args, **kwargs: jax.device_get(
-            step(*args, **kwargs)
-        )  # NumPy is quicker to draw from
+        env.env.step_env = lambda *args, **kw: jax.device_get(step(*args, **kw))  # NumPy is quicker to draw from
         visualiser = SMAXVisualizer(env.env, jax.device_get(steps))
         visualiser.expand_state_seq()
         visualiser.state_seq = jax.device_get(visualiser.state_seq)
@@ -238,6 +239,8 @@ def main():
         "--out", type=Path, default=Path("watch.gif"), help="a .gif; .mp4 with imageio-ffmpeg installed"
     )
     args = parser.parse_args()
+    if args.episodes < 1:
+        sys.exit(f"Error: --episodes={args.episodes} is not allowed: must be at least 1")
     os.environ |= {"MPLBACKEND": "agg", "SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}  # no window, no sound
     pqn = load_script(args.folder)
     import imageio
@@ -271,9 +274,11 @@ def main():
         frames = list(draw(pqn, config, best) if make_game else best)
     except NotImplementedError as error:
         sys.exit(f"No picture: {error}")
-    imageio.mimwrite(
-        args.out, frames, **({"fps": rate} if args.out.suffix != ".gif" else {"duration": 1000 / rate, "loop": 0})
-    )
+    options = {"duration": 1000 / rate, "loop": 0} if args.out.suffix == ".gif" else {"fps": rate}
+    try:
+        imageio.mimwrite(args.out, frames, **options)
+    except Exception as error:
+        sys.exit(f"Error: --out={args.out} cannot be written: {str(error).splitlines()[0]}")
     print(f"Wrote {args.out}: the best episode, {len(frames)} frames")
 
 

@@ -24,7 +24,8 @@ def main(folder, commit):
     kept.mkdir(parents=True, exist_ok=True)
     words = saved.command[saved.command.index(script) :].split()
     command = " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
-    about = {"script": script, "task": config.TASK, "commit": commit, "command": command, "SAVE_PATH": "runs"}
+    about = {"script": script, "task": config.TASK, "commit": commit, "command": command}
+    about |= {"SAVE_PATH": "runs", "RESUME": None}  # no paths of a machine
     OmegaConf.save(OmegaConf.merge(saved, about), kept / "config.yaml")
     table = pd.read_csv(folder / "metrics.csv")
     columns = [name for name in table if name in MAIN or "returned_" in name or name == "test/percent_of_maximum"]

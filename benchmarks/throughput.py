@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py minatar                        # 1 seed; also: cartpole
     python benchmarks/throughput.py minatar --seeds 1 4 10 --steps 2e5 --turns 7
-    python benchmarks/throughput.py minatar --variants             # what bootstrapping at time limits and evaluations cost
+    python benchmarks/throughput.py minatar --against terminal     # what bootstrapping at time limits costs
+    python benchmarks/throughput.py cartpole --against evaluations --steps 5e5     # what the recipe's evaluations cost
     python benchmarks/throughput.py cartpole --memory --seeds 1000 --steps 5e5     # of the recipe's program, compiled but not run
 
 Prints, for each number of seeds, compile times, steps per second (all seeds together, median over the turns), their ratio, and the
@@ -31,21 +32,18 @@ TASKS = {
     "minatar": ("pqn_minatar", {}, baseline.MINATAR, 2e-6 * (64 * 36 * 16 + 1024 * 128 + 128 * 3)),
     "cartpole": ("pqn_gymnax", {}, baseline.CARTPOLE, 2e-6 * (4 * 256 + 256 * 256 + 256 * 2)),
 }
-# Variants of the script: name -> replacements in its text.
-VARIANTS = {
-    "time limits as terminal": [
-        ("next_value = jnp.where(trajectory.truncated, final_value, next_value)", ""),
-        ("(1.0 - trajectory.terminated)", "(1.0 - (trajectory.terminated | trajectory.truncated))"),
-        ('jnp.where(where_truncated, info["final_observation"], final_obs[t // block])', "final_obs[t // block]"),
-        ("jnp.concatenate([state.obs[None], final_obs])", "jnp.concatenate([state.obs[None], state.obs[None]])"),
-    ],
-}
+TERMINAL = [  # time limits as terminal states: replacements in a script's text
+    ("next_value = jnp.where(trajectory.truncated, final_value, next_value)", ""),
+    ("(1.0 - trajectory.terminated)", "(1.0 - (trajectory.terminated | trajectory.truncated))"),
+    ('jnp.where(where_truncated, info["final_observation"], final_obs[t // block])', "final_obs[t // block]"),
+    ("jnp.concatenate([state.obs[None], final_obs])", "jnp.concatenate([state.obs[None], state.obs[None]])"),
+]
 
 
-def variant(script, replacements):
-    """The script as a module, with parts of its text replaced."""
+def terminal_variant(script):
+    """The script as a module, with time limits as terminal states."""
     text = (ROOT / f"{script}.py").read_text()
-    for old, new in replacements:
+    for old, new in TERMINAL:
         assert old in text, f"{script}.py has no more: {old}"
         text = text.replace(old, new)
     module = types.ModuleType(script)
@@ -97,7 +95,7 @@ def main():
     parser.add_argument(
         "--memory", action="store_true", help="of a run in intervals of a thousandth, evaluations included"
     )
-    parser.add_argument("--variants", action="store_true", help="compare with variants of the script, not the baseline")
+    parser.add_argument("--against", choices=["baseline", "terminal", "evaluations", "nothing"], default="baseline")
     args = parser.parse_args()
     script, changes, recipe, forward = TASKS[args.task]
     module = importlib.import_module(script)
@@ -112,16 +110,14 @@ def main():
             continue
         train = module.make_train(config)
         runs = {"this script": timed("this script", lambda keys, train=train: train(keys)["metrics"], keys)}
-        if args.variants:
-            other = module.make_train(dataclasses.replace(config, TEST_DURING_TRAINING=True))
-            runs["with evaluations"] = timed("with evaluations", lambda keys, other=other: other(keys)["metrics"], keys)
-            for name, replacements in VARIANTS.items():
-                changed = variant(script, replacements)
-                other = changed.make_train(changed.Config(**vars(config)))
-                runs[name] = timed(name, lambda keys, other=other: other(keys)["metrics"], keys)
-        else:
+        if args.against == "baseline":
             plain = jax.jit(jax.vmap(baseline.make_train(recipe | {"steps": args.steps})))
             runs["baseline"] = timed("baseline", plain, keys)
+        elif args.against != "nothing":
+            changes = {"TEST_DURING_TRAINING": args.against == "evaluations"}
+            other = module if args.against == "evaluations" else terminal_variant(script)
+            train = other.make_train(other.Config(**vars(config) | changes))
+            runs[args.against] = timed(args.against, lambda keys, train=train: train(keys)["metrics"], keys)
         turns = [{name: again() for name, again in runs.items()} for _ in range(args.turns)]
         rate = steps * seeds / statistics.median(turn["this script"] for turn in turns)
         share = rate * forward * (1 + 3 * config.NUM_EPOCHS) * 1e6 / (1e9 * matrix_rate())

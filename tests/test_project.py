@@ -68,6 +68,17 @@ def test_inline_dependencies_are_those_of_the_extra(script):
     assert inline["requires-python"] == project["requires-python"]
 
 
+@pytest.mark.parametrize("tool", ["plot", "watch"])
+def test_inline_dependencies_of_tools_are_in_the_extras(tool):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / f"{tool}.py").read_text()
+    inline = tomllib.loads("".join(re.findall(r"^# (.*\n)", text.split("# ///\n")[0].split("# /// script\n")[1], re.M)))
+    assert set(inline["dependencies"]) <= set(
+        itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    )
+    assert inline["requires-python"] == project["requires-python"]
+
+
 def test_constraints_name_exact_versions_of_all_direct_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = itertools.chain(*(v for k, v in project["optional-dependencies"].items() if k != "cuda"))
