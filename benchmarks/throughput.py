@@ -40,10 +40,10 @@ TERMINAL = [  # time limits as terminal states: replacements in a script's text
 ]
 
 
-def terminal_variant(script):
-    """The script as a module, with time limits as terminal states."""
+def variant(script, replacements):
+    """The script as a module, with replacements (old, new) in its text."""
     text = (ROOT / f"{script}.py").read_text()
-    for old, new in TERMINAL:
+    for old, new in replacements:
         assert old in text, f"{script}.py has no more: {old}"
         text = text.replace(old, new)
     module = types.ModuleType(script)
@@ -115,7 +115,7 @@ def main():
             runs["baseline"] = timed("baseline", plain, keys)
         elif args.against != "nothing":
             changes = {"TEST_DURING_TRAINING": args.against == "evaluations"}
-            other = module if args.against == "evaluations" else terminal_variant(script)
+            other = module if args.against == "evaluations" else variant(script, TERMINAL)
             train = other.make_train(other.Config(**vars(config) | changes))
             runs[args.against] = timed(args.against, lambda keys, train=train: train(keys)["metrics"], keys)
         turns = [{name: again() for name, again in runs.items()} for _ in range(args.turns)]
