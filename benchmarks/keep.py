@@ -1,6 +1,7 @@
 """Keep a run as evidence: its config.yaml, curve and the main columns of metrics.csv, in results/<script>_<task>_s<SEED>/.
 
 python benchmarks/keep.py runs/pqn_minatar_Breakout-MinAtar_s0/<time> <commit that it ran at>
+python benchmarks/keep.py <a run that was resumed> <commit> "python pqn_minatar.py +alg=pqn"    # the command that began it
 python plot.py results --out results        # all that was kept: the figure and the table of the README
 """
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = ["seed", "env_step", "update_steps", "time", "td_loss"]
 
 
-def main(folder, commit):
+def main(folder, commit, command=None):
     folder, saved = Path(folder), OmegaConf.load(Path(folder) / "config.yaml")
     (script,) = (path.stem for path in folder.glob("pqn_*.py"))
     sys.path.insert(0, str(ROOT))
@@ -23,7 +24,7 @@ def main(folder, commit):
     kept = ROOT / "results" / f"{script}_{config.TASK}_s{saved.SEED}"
     kept.mkdir(parents=True, exist_ok=True)
     words = saved.command[saved.command.index(script) :].split()
-    command = " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
+    command = command or " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
     about = {"script": script, "task": config.TASK, "commit": commit, "command": command}
     about |= {"SAVE_PATH": "runs", "RESUME": None}  # no paths of a machine
     OmegaConf.save(OmegaConf.merge(saved, about), kept / "config.yaml")

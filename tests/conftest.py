@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ CACHE = ROOT / ".pytest_cache" / "jax"  # compiled programs, for all tests and t
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # most of the suite's time is compilation
+# Most of the suite's time is compilation. XLA stops at flags that it does not know, so the second is for known versions.
+FLAGS = "--xla_backend_optimization_level=1"
+FLAGS += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["COLUMNS"] = "200"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("pqn_*.py"))
 TINY = {

@@ -292,11 +292,12 @@ def test_sweep(command, tmp_path):
 def test_script_alone_in_an_empty_folder(name, script, tmp_path):
     """Without configs/ the schema serves, with its own defaults as the recipe; a mistake is an exit code not 0."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, f"{name}.py", f"+alg={script.Config.ALG_NAME}", *tiny_arguments()]
-    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": ""})
-    assert list(tmp_path.glob("runs/*/*/params.safetensors"))
-    wrong = subprocess.run([*command, "alg.LR=-1"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr.startswith("Error: alg.LR=-1.0 is not allowed")
+    sweep = ["-m", f"+alg={script.Config.ALG_NAME}", "alg.LR=1e-3,-1"]
+    command = [sys.executable, f"{name}.py", *sweep, *tiny_arguments()]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert list(tmp_path.glob("runs/*/*/params.safetensors")), process.stderr
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("Error: alg.LR=-1.0 is not allowed")
 
 
 def test_recipes_load_and_defaults_are_the_first(name, script):
