@@ -75,25 +75,26 @@ def compare_networks(batch, seeds, turns):
                 print(f"{title}: {min(each):.1f} ms a minibatch of {batch} (first call {compiling:.1f} s)", flush=True)
 
 
+def random_play(env, emulators, steps):
+    """Step all emulators so many times with random actions, no network: key -> key."""
+    handle, _, _, step = env.xla()
+    actions = int(env.action_space.n)
+
+    def random_step(key, _):
+        key, key_act = jax.random.split(key)
+        _, (_, reward, *_) = step(handle, jax.random.randint(key_act, (emulators,), 0, actions))
+        return jax.random.fold_in(key, (reward.sum() > 1e9).astype(jnp.uint32)), None  # in order
+
+    return jax.jit(lambda key: jax.lax.scan(random_step, key, None, steps)[0])
+
+
 def measure(config, seeds, updates, turns):
     """Print the three rates and the split of time for a number of seeds."""
     train = pqn.make_train(config)
     keys = jax.random.split(jax.random.key(0), seeds)
     emulators = config.NUM_ENVS + (config.TEST_ENVS if config.TEST_DURING_TRAINING else 0)
     env = pqn.make_env(config, pqn.emulator_seeds(keys, emulators))
-    handle, _, _, step = env.xla()
-    obs = env.reset()[0]
-    actions = int(env.action_space.n)
-
-    @jax.jit
-    def emulate(key):
-        def random_step(key, _):
-            key, key_act = jax.random.split(key)
-            action = jax.random.randint(key_act, (seeds * emulators,), 0, actions)
-            _, (_, reward, *_) = step(handle, action)
-            return jax.random.fold_in(key, (reward.sum() > 1e9).astype(jnp.uint32)), None  # in order
-
-        return jax.lax.scan(random_step, key, None, updates * config.NUM_STEPS)[0]
+    obs, emulate = env.reset()[0], random_play(env, seeds * emulators, updates * config.NUM_STEPS)
 
     @jax.jit
     def play(state):

@@ -53,6 +53,25 @@ def flops_of_a_step(config):
     return forward * (1 + 3 * passes)
 
 
+def random_play(config):
+    """NUM_STEPS steps of every environment with random actions, (key, (states, observations)) -> the same."""
+    env = pqn.make_env(config)
+
+    def random_step(carry, key):
+        key_act, key_step = jax.random.split(key)
+        available = jax.vmap(env.available)(carry[0])
+        action = pqn.explore(key_act, available, available, 1.0)
+        obs, state, *_ = jax.vmap(env.step)(jax.random.split(key_step, config.NUM_ENVS), carry[0], action)
+        return (state, obs), None  # observations are carried so that they are computed
+
+    @jax.jit
+    def play(carry):
+        key, *keys = jax.random.split(carry[0], config.NUM_STEPS + 1)
+        return key, jax.lax.scan(random_step, carry[1], jnp.stack(keys))[0]
+
+    return play
+
+
 def print_policies(config, num_seeds=5):
     """Evaluations of the random policy and of the greedy one before training, means over seeds."""
     for name, epsilon in (("random", 1.0), ("untrained", 0.0)):
@@ -77,20 +96,7 @@ def main():
     config = pqn.Config(**alg | {"TEST_DURING_TRAINING": False})
     if args.policies:
         return print_policies(config)
-    steps, train, env = config.NUM_ENVS * config.NUM_STEPS, pqn.make_train(config), pqn.make_env(config)
-
-    def random_step(state, key):
-        key_act, key_step = jax.random.split(key)
-        available = jax.vmap(env.available)(state)
-        action = pqn.explore(key_act, available, available, 1.0)
-        return jax.vmap(env.step)(jax.random.split(key_step, config.NUM_ENVS), state, action)[1], None
-
-    @jax.jit
-    def play(carry):
-        key, state = carry
-        key, *keys = jax.random.split(key, config.NUM_STEPS + 1)
-        return key, jax.lax.scan(random_step, state, jnp.stack(keys))[0]
-
+    steps, train, play = config.NUM_ENVS * config.NUM_STEPS, pqn.make_train(config), random_play(config)
     start = time.perf_counter()
     updates = partial(train, num_updates=args.updates)
     state = jax.block_until_ready(updates(jax.random.split(jax.random.key(0), 1))["runner_state"])
@@ -102,7 +108,7 @@ def main():
         flush=True,
     )
     one = jax.tree.map(lambda x: x[0], state)
-    playing = seconds(play, play((one.key, one.env_state)), args.turns)
+    playing = seconds(play, play((one.key, (one.env_state, one.obs))), args.turns)
     print(f"  environment alone, random actions: {steps / playing:,.0f} steps/s", flush=True)
     rollout = jax.jit(lambda state: train.rollout(state)[0])
     acting = seconds(rollout, rollout(one), args.turns)

@@ -1,0 +1,91 @@
+"""Train the recipes, and set their scores beside what others published: the runs in results/, the table in results/scores.md.
+
+    python benchmarks/scores.py --seeds 3 Breakout-MinAtar Asterix-MinAtar      # the recipes in full
+    python benchmarks/scores.py --fraction 0.1                                  # all tasks below, a tenth of each recipe's steps
+    python benchmarks/scores.py --table                                         # nothing is trained: the table of what results/ has
+
+Tasks are trained one after the other, into runs/evidence. One that was stopped goes on where it was. Published figures: results/anchors.csv.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
+TASKS = {  # task: (script, recipe, overrides)
+    "CartPole-v1": ("pqn_gymnax", "pqn_cartpole", []),
+    "Acrobot-v1": ("pqn_gymnax", "pqn_acrobot", []),
+    **{f"{game}-MinAtar": ("pqn_minatar", "pqn", [f"alg.ENV_NAME={game}-MinAtar"]) for game in GAMES},
+    "Pong-v5": ("pqn_atari_envpool", "pqn_atari", []),
+    "Craftax-Classic-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_classic_rnn", []),
+    "Craftax-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_rnn", []),
+    "MPE_simple_spread_v3": ("pqn_vdn_jaxmarl", "pqn_vdn_mpe", []),
+    "overcooked_cramped_room": ("pqn_vdn_jaxmarl", "pqn_vdn_overcooked", ["alg.ENV_KWARGS.layout=cramped_room"]),
+    "HeuristicEnemySMAX_2s3z": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", ["alg.MAP_NAME=2s3z"]),
+    "hanabi": ("pqn_vdn_jaxmarl", "pqn_vdn_hanabi", []),
+}
+
+
+def finished(folder, steps):
+    """Whether a run has come to its last update."""
+    path = folder / "metrics.csv"
+    return path.exists() and pd.read_csv(path, usecols=["env_step"])["env_step"].max() > 0.99 * steps
+
+
+def train(task, fraction, seeds):
+    """One task: trained, or gone on with, and kept in results/."""
+    script, recipe, overrides = TASKS[task]
+    steps = fraction * float(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml").TOTAL_TIMESTEPS)
+    begin = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}"]
+    begin += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
+    folders = sorted((ROOT / f"runs/evidence/{script}_{task}_s0").glob("*/"))
+    command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else [*begin, "SAVE_PATH=runs/evidence"]
+    if not folders or not finished(folders[-1], steps):
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    folder = max((ROOT / f"runs/evidence/{script}_{task}_s0").glob("*/"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    keep = [sys.executable, "benchmarks/keep.py", folder, commit.strip(), " ".join(["python", *begin])]
+    subprocess.run(keep, cwd=ROOT, check=True)
+
+
+def write_table():
+    """results/scores.md: each task's scores as plot.py finds them, published ones below."""
+    subprocess.run([sys.executable, "plot.py", "results", "--out", "results"], cwd=ROOT, check=True)
+    ours = pd.read_csv(ROOT / "results/scores.csv")
+    anchors = pd.read_csv(ROOT / "results/anchors.csv", keep_default_na=False, dtype=str)
+
+    def shown(row, name):
+        low = "" if pd.isna(row[f"{name}_low"]) else f" [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
+        return "" if pd.isna(row[name]) else f"{row[name]:.1f}{low}"
+
+    lines = [("task", "steps", "seeds", "who", "training", "evaluation"), ("---",) * 6]
+    for _, row in ours.sort_values("task", key=lambda names: names.str.lower()).iterrows():
+        scores = [shown(row, name) for name in ("training", "evaluation")]
+        lines.append((row["task"], f"{row['steps']:.3g}", row["seeds"], f"**ours**, {row['algorithm']}", *scores))
+        for _, other in anchors[anchors["task"] == row["task"]].iterrows():
+            lines.append(("", other["steps"], "", other["who"], other["training"], other["evaluation"]))
+    text = "Mean training return over the last tenth of the run, and the last evaluation, means over seeds with 95% bootstrap intervals; made by `python benchmarks/scores.py --table`. Commands, commits and rows: the folders beside this file.\n\n"
+    (ROOT / "results/scores.md").write_text(text + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", help=", ".join(TASKS))
+    parser.add_argument("--fraction", type=float, default=1.0, help="of each recipe's steps, schedules included")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.tasks) - set(TASKS):
+        sys.exit(f"Error: no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    for task in [] if args.table else args.tasks or TASKS:
+        train(task, args.fraction, args.seeds)
+    write_table()
+
+
+if __name__ == "__main__":
+    main()
