@@ -33,8 +33,10 @@ TASKS = {  # task: (script, recipe, overrides)
 
 def finished(folder, steps):
     """Whether a run has come to its last update."""
-    path = folder / "metrics.csv"
-    return path.exists() and pd.read_csv(path, usecols=["env_step"])["env_step"].max() > 0.99 * steps
+    if not (folder / "metrics.csv").exists():
+        return False
+    last = pd.read_csv(folder / "metrics.csv").iloc[-1]
+    return last["env_step"] + last["env_step"] / last["update_steps"] > steps
 
 
 def train(task, fraction, seeds):
