@@ -22,11 +22,11 @@ import difflib
 import importlib.metadata
 import io
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -89,7 +89,7 @@ class Config:
     """Hyper-parameters, `alg.KEY=value` on the command line; counts may be written 1e7. Raises UserError if wrong."""
 
     ENV_NAME: str = "Pong-v5"  # any Atari game of envpool's
-    ENV_KWARGS: dict = field(default_factory=published_protocol)  # envpool's options; num_threads is one of them
+    ENV_KWARGS: dict = field(default_factory=published_protocol)  # envpool's options, over the published protocol's
     ALG_NAME: str = "pqn_atari"  # a label for logs
     TOTAL_TIMESTEPS: float = 5e7  # environment steps of one seed, of frame_skip frames each
     TOTAL_TIMESTEPS_DECAY: float | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
@@ -114,7 +114,10 @@ class Config:
 
     def __post_init__(self):
         check_numbers(self)
+        self.ENV_KWARGS = published_protocol() | self.ENV_KWARGS
         make_env(self)
+        sizes = [self.ENV_KWARGS.get(key, 84) for key in ("img_height", "img_width")]
+        check(self, "ENV_KWARGS", min(sizes) >= 36, "with screens of at least 36 x 36 for the network's convolutions")
         norms = ("layer_norm", "batch_norm", "none")
         check(self, "NORM_TYPE", self.NORM_TYPE in norms, "layer_norm, batch_norm or none")
 
@@ -161,16 +164,20 @@ def check_numbers(config):
     batch = config.NUM_ENVS * config.NUM_STEPS
     divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
     check(config, "NUM_MINIBATCHES", divides, divisor)
-    check(config, "TOTAL_TIMESTEPS", config.NUM_UPDATES >= 1, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
+    for key in ("TOTAL_TIMESTEPS", "TOTAL_TIMESTEPS_DECAY"):
+        enough = getattr(config, key) is None or getattr(config, key) >= batch
+        check(config, key, enough, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
 
 
 def make_env(config, seeds=(0,)):
     """A pool of emulators, one for each of `seeds`. The step after a `done` resets: it ignores its action."""
+    if sys.platform != "linux":
+        raise UserError(f"envpool's XLA interface, which this script needs, is for Linux only, not for {sys.platform}")
     try:
         import envpool
         from envpool.atari.registration import atari_game_list
     except ImportError as error:
-        wheels = "`pip install 'envpool>=1.2.5'`, which has wheels for Linux, macOS and Windows"
+        wheels = "`pip install 'envpool>=1.2.5'`, which has wheels for Linux"
         raise UserError(f"envpool is needed and cannot be imported ({error}): {wheels}") from None
     games = {"".join(map(str.capitalize, game.split("_"))) + "-v5": game for game in atari_game_list}
     near = difflib.get_close_matches(config.ENV_NAME.split("-")[0] + "-v5", games, cutoff=0.5)
@@ -358,8 +365,9 @@ def make_train(config):
     network, obs_shape = make_network(config), make_env(config).observation_space.shape
     num_envs, num_tests = config.NUM_ENVS, config.TEST_ENVS if config.TEST_DURING_TRAINING else 0
     decay_updates = (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) // (config.NUM_ENVS * config.NUM_STEPS)
+    eps_updates = max(1, config.EPS_DECAY * decay_updates)
     grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
-    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, config.EPS_DECAY * decay_updates)
+    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, eps_updates)
     lr_schedule = optax.linear_schedule(
         config.LR, 0.0 if config.LR_LINEAR_DECAY else config.LR, decay_updates * grad_steps
     )
@@ -637,7 +645,11 @@ def write_settings(folder, config, settings):
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     about = {"script": SCRIPT, "task": config.TASK, "command": shlex.join(sys.argv)}
     about |= {"device": jax.devices()[0].device_kind, "versions": versions}
-    OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml")
+    if settings.RESUME:  # what began it stays on record
+        began = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        about |= {"command": began["command"], "resumed": [*began.get("resumed", []), about["command"]]}
+    OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml.new")
+    os.replace(folder / "config.yaml.new", folder / "config.yaml")
     if "__file__" in globals():
         shutil.copy(__file__, folder / f"{SCRIPT}.py")
 
@@ -653,8 +665,9 @@ def run_folder(config, settings):
         return Path(settings.RESUME) if settings.RESUME else None
     try:
         parent = Path(settings.SAVE_PATH) / f"{SCRIPT}_{config.TASK}_s{settings.SEED}"
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=parent))
+        folder = parent / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+        return folder
     except OSError as error:
         raise UserError(f"SAVE_PATH={settings.SAVE_PATH} cannot be written: {error.strerror}") from None
 
@@ -687,9 +700,9 @@ def save(folder, checkpoints, state, rows):
     from safetensors.numpy import save_file
 
     with open(folder / "metrics.csv.new", "w", newline="") as file:
-        columns = [np.concatenate([row[name] for row in rows]) for name in rows[0]]
-        seeds = np.tile(np.arange(len(state.key)), len(rows))
-        csv.writer(file).writerows([["seed", *rows[0]], *zip(seeds, *columns, strict=True)])
+        table = {"seed": np.tile(np.arange(len(state.key)), len(rows))}
+        table |= {name: values.T.flatten() for name, values in columns(rows).items()}
+        csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
     os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
     variables = jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
     save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
@@ -697,22 +710,29 @@ def save(folder, checkpoints, state, rows):
     checkpoints.save(int(state.update_steps[0]), args=ocp.args.StandardSave(state))
 
 
+def columns(rows):
+    """Logged rows by name, each [num_seeds, rows], NaN where a row lacks one: a final evaluation is only in the last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.stack([row.get(name, np.full_like(row["td_loss"], np.nan)) for row in rows], 1) for name in names}
+
+
 def restore(folder, checkpoints, state):
     """The newest checkpoint that can be read, and the rows of metrics.csv up to it."""
     import orbax.checkpoint as ocp
 
     args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for newer, step in enumerate(steps):
         if restored := attempt(f"reading checkpoint {step}", checkpoints.restore, step, args=args):
+            for unreadable in steps[:newer]:  # orbax saves nothing that is older than its newest
+                checkpoints.delete(unreadable)
             read = {"delimiter": ",", "names": True, "dtype": None, "deletechars": "", "replace_space": " "}
             table = np.atleast_1d(np.genfromtxt(folder / "metrics.csv", **read))
             table = table[table["update_steps"] <= step].reshape(-1, len(state.key))
             names = [key for key in table.dtype.names if key != "seed"]
-            columns = {
-                key: table[key].astype(np.int64 if table[key].dtype.kind == "i" else np.float32) for key in names
-            }
-            return restored, [{key: x[i] for key, x in columns.items()} for i in range(len(table))]
-    if checkpoints.all_steps():
+            values = {key: table[key].astype(np.int64 if table[key].dtype.kind == "i" else np.float32) for key in names}
+            return restored, [{key: x[i] for key, x in values.items()} for i in range(len(table))]
+    if steps:
         raise UserError(f"RESUME={folder}: none of its checkpoints can be read")
     print(f"{folder} has no checkpoint yet: starting over")
     return state, []
@@ -722,6 +742,15 @@ def nanmean(x, axis=None):
     """The mean of what is not NaN, NaN where nothing is."""
     count = np.sum(~np.isnan(x), axis)
     return np.where(count > 0, np.nansum(x, axis) / np.maximum(count, 1), np.nan).astype(x.dtype)
+
+
+def logged(metrics):
+    """What is logged of some updates, [num_seeds, updates] -> [num_seeds]: means of what is known, the last evaluation."""
+    tested = np.flatnonzero(np.isfinite(metrics.get("test/unfinished", [[]])).all(0))[-1:]
+    tests = {
+        key: x[:, tested] for key, x in metrics.items() if key.startswith("test/") and "test/unfinished" in metrics
+    }
+    return {key: nanmean(x, 1) for key, x in (metrics | tests).items() if key != "update_steps"}
 
 
 def start_wandb(config, folder, settings):
@@ -776,7 +805,7 @@ def print_scores(columns):
 
 @contextmanager
 def catch_signals():
-    """Collect Ctrl-C and SIGTERM in a list; the second one stops at once."""
+    """Collect Ctrl-C, SIGTERM and SIGUSR2 (SLURM's, before the time is up) in a list; the second one stops at once."""
     received, previous = [], {}
 
     def handler(number, _):
@@ -784,11 +813,14 @@ def catch_signals():
         signal.signal(number, previous[number])
         print("\nStopping after this interval, then saving; once more to stop at once", file=sys.stderr)
 
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
     if threading.current_thread() is threading.main_thread():
-        previous.update({number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)})
-    yield received
-    for number, old in previous.items():
-        signal.signal(number, old)
+        previous.update({number: signal.signal(number, handler) for number in numbers})
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def run(config: Config | None = None, **settings):
@@ -838,7 +870,9 @@ def run(config: Config | None = None, **settings):
             row = {"update_steps": done}
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
-            row |= {key: nanmean(x, 1) for key, x in metrics.items() if key != "update_steps"}
+            row |= logged(metrics)
+            if done == num_updates and np.isnan(row.get("test/unfinished", np.nan)).all():
+                row |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
             rows.append(row)
             bar.update(chunk * steps)
             bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
@@ -849,14 +883,14 @@ def run(config: Config | None = None, **settings):
             if log:
                 attempt("logging to wandb", log_wandb, log, row, settings.WANDB_LOG_ALL_SEEDS)
             if checkpoints and (due or interrupted or done == num_updates):
+                if not (folder / "config.yaml").exists():  # the disk was full
+                    attempt("writing config.yaml", write_settings, folder, config, settings)
                 attempt("saving", save, folder, checkpoints, state, rows)
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 
-    metrics = {key: np.stack([row[key] for row in rows], 1) for key in (rows[0] if rows else ())}
+    metrics = columns(rows)
     scores = {key: x[:, -1] for key, x in metrics.items() if key.startswith(("returned_", "test/"))}
-    if not interrupted and np.isnan(scores.get("test/returned_episode_returns", np.nan)).all():
-        scores |= jax.tree.map(np.asarray, train.test(state))
     print_scores(scores)
     png = attempt("drawing the learning curve", learning_curve, metrics, f"{config.ALG_NAME} on {config.TASK}")
     if png and folder:

@@ -40,7 +40,9 @@ def main():
             module = throughput.variant("pqn_minatar", replacements)
             config = {"ENV_NAME": f"{game}-MinAtar", "ALG_NAME": name, "TOTAL_TIMESTEPS": args.steps} | changes
             print(f"{game}, {name}")
-            module.run(module.Config(**config), NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
+            out = module.run(module.Config(**config), NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
+            if out["interrupted"]:
+                sys.exit(f"Stopped: remove {out['folder']}, or go on with --variants")
 
 
 if __name__ == "__main__":

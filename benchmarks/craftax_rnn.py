@@ -147,7 +147,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", help="KEY=value, of Config")
     parser.add_argument("--recipe", default="pqn_craftax_classic_rnn")
     parser.add_argument("--turns", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     recipe = yaml.safe_load((ROOT / f"configs/alg/{args.recipe}.yaml").read_text())
     recipe |= {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
     recipe = {key: float(x) if isinstance(x, str) and x[0].isdigit() else x for key, x in recipe.items()}  # 1e9

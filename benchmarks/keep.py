@@ -1,7 +1,6 @@
 """Keep a run as evidence: its config.yaml, curve and the main columns of metrics.csv, in results/<script>_<task>_s<SEED>/.
 
 python benchmarks/keep.py runs/pqn_minatar_Breakout-MinAtar_s0/<time> <commit that it ran at>
-python benchmarks/keep.py <a run that was resumed> <commit> "python pqn_minatar.py +alg=pqn"    # the command that began it
 python plot.py results --out results        # all that was kept: the figure and the table of the README
 """
 
@@ -16,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = ["seed", "env_step", "update_steps", "time", "td_loss"]
 
 
-def main(folder, commit, command=None):
+def main(folder, commit):
     folder, saved = Path(folder), OmegaConf.load(Path(folder) / "config.yaml")
     (script,) = (path.stem for path in folder.glob("pqn_*.py"))
     sys.path.insert(0, str(ROOT))
@@ -24,10 +23,10 @@ def main(folder, commit, command=None):
     kept = ROOT / "results" / f"{script}_{config.TASK}_s{saved.SEED}"
     kept.mkdir(parents=True, exist_ok=True)
     words = saved.command[saved.command.index(script) :].split()
-    command = command or " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
+    command = " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
     about = {"script": script, "task": config.TASK, "commit": commit, "command": command}
-    about |= {"SAVE_PATH": "runs", "RESUME": None}  # no paths of a machine
-    OmegaConf.save(OmegaConf.merge(saved, about), kept / "config.yaml")
+    about |= {"SAVE_PATH": "runs", "RESUME": None, "resumed": len(saved.get("resumed", []))}  # no paths of a machine
+    OmegaConf.save(OmegaConf.to_container(saved) | about, kept / "config.yaml")
     table = pd.read_csv(folder / "metrics.csv")
     columns = [name for name in table if name in MAIN or "returned_" in name or name == "test/percent_of_maximum"]
     table[columns].to_csv(kept / "metrics.csv", index=False, float_format="%.6g")

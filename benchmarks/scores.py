@@ -1,10 +1,11 @@
-"""Train the recipes, and set their scores beside what others published: the runs in results/, the table in results/scores.md.
+"""Train the recipes, and set their scores beside what others published, a table scores.md.
 
     python benchmarks/scores.py --seeds 3 Breakout-MinAtar Asterix-MinAtar      # the recipes in full
     python benchmarks/scores.py --fraction 0.1                                  # all tasks below, a tenth of each recipe's steps
     python benchmarks/scores.py --table                                         # nothing is trained: the table of what results/ has
 
-Tasks are trained one after the other, into runs/evidence. One that was stopped goes on where it was. Published figures: results/anchors.csv.
+Tasks are trained one after the other, into runs/evidence/<fraction>_<seeds>_seeds; one that was stopped goes on where it was. Recipes in full are kept
+in results/, with their table; a fraction's table is beside its runs. Published figures: results/anchors.csv.
 """
 
 import argparse
@@ -30,6 +31,11 @@ TASKS = {  # task: (script, recipe, overrides)
     "hanabi": ("pqn_vdn_jaxmarl", "pqn_vdn_hanabi", []),
 }
 
+HEADING = """Mean training return over the last tenth of a run, and its last evaluation: means over seeds with 95% bootstrap intervals.
+Made by `python benchmarks/scores.py --table`; commands, commits and rows are in the folders beside this file.
+
+"""
+
 
 def finished(folder, steps):
     """Whether a run has come to its last update."""
@@ -39,26 +45,31 @@ def finished(folder, steps):
     return last["env_step"] + last["env_step"] / last["update_steps"] > steps
 
 
-def train(task, fraction, seeds):
-    """One task: trained, or gone on with, and kept in results/."""
+def train(task, fraction, seeds, root):
+    """One task, trained or gone on with, below root; kept in results/ if it is the recipe in full."""
     script, recipe, overrides = TASKS[task]
     steps = fraction * float(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml").TOTAL_TIMESTEPS)
-    begin = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}"]
-    begin += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
-    folders = sorted((ROOT / f"runs/evidence/{script}_{task}_s0").glob("*/"))
-    command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else [*begin, "SAVE_PATH=runs/evidence"]
-    if not folders or not finished(folders[-1], steps):
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    folder = max((ROOT / f"runs/evidence/{script}_{task}_s0").glob("*/"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    keep = [sys.executable, "benchmarks/keep.py", folder, commit.strip(), " ".join(["python", *begin])]
-    subprocess.run(keep, cwd=ROOT, check=True)
+    command = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}"]
+    command += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
+    runs, commits = root / f"{script}_{task}_s0", root / f"{task}.commits"
+    folders = sorted(runs.glob("*/"))
+    if folders and finished(folders[-1], steps):
+        return print(f"{task}: has been trained, {folders[-1]}")
+    root.mkdir(parents=True, exist_ok=True)
+    with open(commits, "a") as file:
+        subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=file, check=True)
+    command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else [*command, f"SAVE_PATH={root}"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if fraction == 1:
+        commit = ", resumed at ".join(dict.fromkeys(commits.read_text().split()))
+        keep = [sys.executable, "benchmarks/keep.py", max(runs.glob("*/")), commit]
+        subprocess.run(keep, cwd=ROOT, check=True)
 
 
-def write_table():
-    """results/scores.md: each task's scores as plot.py finds them, published ones below."""
-    subprocess.run([sys.executable, "plot.py", "results", "--out", "results"], cwd=ROOT, check=True)
-    ours = pd.read_csv(ROOT / "results/scores.csv")
+def write_table(root):
+    """root/scores.md: each task's scores as plot.py finds them, published ones below."""
+    subprocess.run([sys.executable, "plot.py", root, "--out", root], cwd=ROOT, check=True)
+    ours = pd.read_csv(root / "scores.csv")
     anchors = pd.read_csv(ROOT / "results/anchors.csv", keep_default_na=False, dtype=str)
 
     def shown(row, name):
@@ -71,8 +82,8 @@ def write_table():
         lines.append((row["task"], f"{row['steps']:.3g}", row["seeds"], f"**ours**, {row['algorithm']}", *scores))
         for _, other in anchors[anchors["task"] == row["task"]].iterrows():
             lines.append(("", other["steps"], "", other["who"], other["training"], other["evaluation"]))
-    text = "Mean training return over the last tenth of the run, and the last evaluation, means over seeds with 95% bootstrap intervals; made by `python benchmarks/scores.py --table`. Commands, commits and rows: the folders beside this file.\n\n"
-    (ROOT / "results/scores.md").write_text(text + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
+    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    (root / "scores.md").write_text(HEADING + table)
 
 
 def main():
@@ -84,9 +95,10 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         sys.exit(f"Error: no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    root = ROOT / f"runs/evidence/{args.fraction:g}_{args.seeds}_seeds"
     for task in [] if args.table else args.tasks or TASKS:
-        train(task, args.fraction, args.seeds)
-    write_table()
+        train(task, args.fraction, args.seeds, root)
+    write_table(root if args.fraction != 1 else ROOT / "results")
 
 
 if __name__ == "__main__":

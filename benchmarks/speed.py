@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # measure in this process, print JSON
     parser.add_argument("changes", nargs="*", metavar="alg.KEY=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     changes = [change.removeprefix("alg.") for change in args.changes]
     if args.one:
         sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]

@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--updates", type=int, default=4, help="in one timing")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--policies", action="store_true", help="instead: scores without training")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     recipe = OmegaConf.load(ROOT / f"configs/alg/{args.recipe}.yaml")
     changes = OmegaConf.from_dotlist([change.removeprefix("alg.") for change in args.changes])
     alg = OmegaConf.to_container(OmegaConf.merge(recipe, changes))

@@ -269,6 +269,7 @@ BAD = {
     "unknown option": ({"ENV_KWARGS": {"speed": 2}}, "unknown speed; it takes .*frame_skip"),
     "reserved option": ({"ENV_KWARGS": {"num_envs": 2}}, "unknown num_envs"),
     "wrong type": ({"ENV_KWARGS": {"frame_skip": "often"}}, "ENV_KWARGS.*frame_skip"),
+    "small screens": ({"ENV_KWARGS": {"img_height": 20}}, "ENV_KWARGS=.* 36 x 36"),
     "minibatches": ({"NUM_MINIBATCHES": 33}, "NUM_MINIBATCHES=33"),
     "test emulators": ({"TEST_ENVS": 0}, "TEST_ENVS=0"),
     "norm": ({"NORM_TYPE": "group_norm"}, "NORM_TYPE='group_norm'"),
@@ -281,6 +282,10 @@ def test_bad_input_is_one_clear_line(case):
     with pytest.raises(pqn.UserError, match=text) as error:
         pqn.Config(**changes)
     assert "\n" not in str(error.value)
+
+
+def test_an_option_of_envpools_is_over_the_published_protocol():
+    assert pqn.Config(ENV_KWARGS={"frame_skip": 2}).ENV_KWARGS == pqn.published_protocol() | {"frame_skip": 2}
 
 
 def test_missing_envpool_is_one_clear_line(monkeypatch):

@@ -397,6 +397,14 @@ def test_bad_input_names_the_key(key):
         pqn.Config(**SMALL | {"ENV_NAME": "Craftax-Classic-Symbolic-v1", key: BAD[key]})
 
 
+@pytest.mark.parametrize("key, value", [("max_timesteps", "long"), ("max_zombies", 2.5), ("map_size", 32)])
+def test_values_of_env_kwargs_are_like_the_environments_own(key, value):
+    with pytest.raises(pqn.UserError, match=f"ENV_KWARGS.{key}=.*{value}"):
+        pqn.Config(**SMALL | {"ENV_NAME": "Craftax-Classic-Symbolic-v1", "ENV_KWARGS": {key: value}})
+    env, params = pqn.make_env(pqn.Config(**SMALL | {"ENV_KWARGS": {"max_timesteps": 1e3, "map_size": [32, 32]}}))
+    assert params.max_timesteps == 1000 and env.static_env_params.map_size == (32, 32)
+
+
 def test_craftax_classic_trains_and_evaluates():
     """The real environment, through `run`: finite losses, achievements, a score within its bounds, ENV_KWARGS in force."""
     config = pqn.Config(**TINY | SHORT_CRAFTAX)

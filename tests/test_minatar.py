@@ -41,6 +41,9 @@ def test_schedules():
     metrics = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))["metrics"]
     np.testing.assert_allclose(metrics["epsilon"][0, [0, 5, 10, 19]], [1, 0.525, 0.05, 0.05], rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"][0, [0, 10, 19]], [5e-4, 2.5e-4, 2.5e-5], rtol=1e-5)
+    at_once = pqn.make_train(pqn.Config(**TINY | {"EPS_DECAY": 0.0, "TEST_DURING_TRAINING": False}))
+    metrics = at_once(jax.random.split(jax.random.key(0), 1), num_updates=3)["metrics"]
+    np.testing.assert_allclose(metrics["epsilon"][0], [1, 0.05, 0.05], rtol=1e-5)
 
 
 def test_learns_breakout():

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, SCRIPTS, TINY, tiny_arguments
 
 QUICK = [name for name in ("pqn_minatar", "pqn_gymnax") if name in SCRIPTS]
@@ -175,9 +176,12 @@ def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, 
     assert equal_trees(script.load(out["folder"]).variables["params"], out["runner_state"].params)
 
 
-def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path):
-    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=4)
+def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path, capsys):
+    config = script.Config(**TINY | {"TEST_DURING_TRAINING": False})  # the evaluation at the end is on record
+    out = script.run(config, SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=4)
     whole = read_csv(out["folder"])
+    scores = np.array(whole["test/returned_episode_returns"], float)
+    assert np.isnan(scores[:-1]).all() and scores[-1] == pytest.approx(out["score"])
     for path in (out["folder"] / "checkpoints" / "12").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -187,6 +191,32 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path
         csv.writer(file).writerows(rows)
     resumed = script.run(RESUME=str(out["folder"]))
     assert read_csv(out["folder"]) == whole and equal_trees(resumed["runner_state"], out["runner_state"])
+    assert "reading checkpoint 12 failed" in capsys.readouterr().err
+    again = script.run(RESUME=str(out["folder"]))  # from the end, which was saved again
+    assert equal_trees(again["runner_state"], out["runner_state"]) and "failed" not in capsys.readouterr().err
+
+
+def test_a_logged_row_has_means_and_the_last_evaluation(script):
+    metrics = {"td_loss": np.float32([[1, 3, np.nan]]), "update_steps": np.array([[1, 2, 3]])}
+    tests = {
+        "test/returned_episode_returns": np.float32([[5, 7, np.nan]]),
+        "test/unfinished": np.float32([[0, 1, np.nan]]),
+    }
+    assert script.logged(metrics | tests) == {
+        "td_loss": 2,
+        "test/returned_episode_returns": 7,
+        "test/unfinished": 1,
+    }
+    assert np.isnan(script.logged({key: x[:, 2:] for key, x in tests.items()})["test/unfinished"])
+
+
+def test_signals_are_collected_and_then_as_before(script):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    with pytest.raises(MemoryError), script.catch_signals() as received:
+        os.kill(os.getpid(), signal.SIGUSR2)  # what SLURM's launcher has it send before the time is up
+        raise MemoryError
+    assert received == [signal.SIGUSR2]
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
 
 
 def test_nan_losses_are_reported_when_they_start(script, capsys):
@@ -231,6 +261,7 @@ BAD = {
     "count": (["alg.NUM_ENVS=0"], "NUM_ENVS=0"),
     "fraction of a count": (["alg.NUM_STEPS=1.5"], "NUM_STEPS=1.5"),
     "too short": (["alg.TOTAL_TIMESTEPS=10"], "TOTAL_TIMESTEPS=10"),
+    "too short schedules": (["alg.TOTAL_TIMESTEPS_DECAY=10"], "TOTAL_TIMESTEPS_DECAY=10"),
     "LAMBDA": (["alg.LAMBDA=1.1"], "LAMBDA=1.1"),
     "GAMMA": (["alg.GAMMA=-0.1"], "GAMMA=-0.1"),
     "EPS": (["alg.EPS_FINISH=2"], "EPS_FINISH=2.0"),
@@ -276,6 +307,8 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
         process = command(name, *arguments)
         assert process.code == 1 and text in process.err and "Traceback" not in process.err
     assert command(name, "RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2").code == 0
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert "RESUME" not in saved["command"] and [x.split()[1] for x in saved["resumed"]] == ["RESUME=latest"]
     (folder / "config.yaml").write_text("alg: [")
     process = command(name, f"RESUME={folder}")
     assert process.code == 1 and "config.yaml cannot be read" in process.err
