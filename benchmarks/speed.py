@@ -97,7 +97,9 @@ def update_flops(script, module, config, train, key):
     if script != "pqn_atari_envpool":
         return product_flops(jax.make_jaxpr(train.update)(state).jaxpr)
 
-    def value(params, obs=state.obs[: config.NUM_ENVS]):
+    obs = jax.numpy.zeros((config.NUM_ENVS, *state.obs.shape[1:]), state.obs.dtype)
+
+    def value(params):
         return module.make_network(config).apply({"params": params}, obs).sum()
 
     acting, learning = (product_flops(jax.make_jaxpr(f)(state.params).jaxpr) for f in (value, jax.grad(value)))
@@ -142,14 +144,14 @@ def measure(recipe, seeds, envs, updates, turns, changes):
     flops = update_flops(script, module, config, train, keys[0]) * updates * seeds
     play, carry = random_play(script, module, config, train, keys[0])
     playing = []
-    for _ in range(turns + 1):
+    for _ in range(turns + 2):  # what it returns may be of other types than what it was given: two compilations
         spent, carry = seconds(play, carry)
         playing.append(spent)
     steps, spent = config.NUM_ENVS * config.NUM_STEPS, statistics.median(times)
     row = dict(zip(KEY, (recipe, seeds, config.NUM_ENVS, config.NUM_STEPS, " ".join(changes)), strict=True))
     row |= {"task": config.TASK, "compile_s": round(first - spent, 1)}
     row["steps_per_s"] = round(steps * updates * seeds / spent)
-    row["environment_steps_per_s"] = round(steps / statistics.median(playing[1:]))
+    row["environment_steps_per_s"] = round(steps / statistics.median(playing[2:]))
     row |= {"gflop_per_s": round(flops / spent / 1e9, 1), "share": round(flops / spent / 1e9 / matrix_rate(), 3)}
     row |= {
         "peak_gib": round(memory / 2**30, 2),
