@@ -790,7 +790,7 @@ def run(config: Config | None = None, **settings):
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
             row |= logged(metrics)
-            if done == num_updates and np.isnan(row.get("test/unfinished", np.nan)).all():
+            if done == num_updates and np.isnan(row.get("test/returned_episode_returns", np.nan)).any():
                 row |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
             rows.append(row)
             bar.update(chunk * steps)

@@ -114,11 +114,9 @@ class Config:
         divides = self.NETWORK != "rnn" or self.NUM_ENVS % self.NUM_MINIBATCHES == 0
         check(self, "NUM_MINIBATCHES", divides, f"a divisor of NUM_ENVS = {self.NUM_ENVS} with NETWORK=rnn")
         horizon, env = self.REW_SHAPING_HORIZON, make_env(self)
-        shaped = self.ENV_NAME == "overcooked"
-        valid = horizon is None or shaped and horizon > 0
-        check(
-            self, "REW_SHAPING_HORIZON", valid, "greater than 0, or null" if shaped else "null: only overcooked has one"
-        )
+        check(self, "REW_SHAPING_HORIZON", horizon is None or horizon > 0, "greater than 0, or null")
+        valid = horizon is None or env.has_shaped_reward()
+        check(self, "REW_SHAPING_HORIZON", valid, f"null: {self.ENV_NAME} has no shaped reward")
         shapes = [x.shape for x in env.observations().values()]
         check(self, "NETWORK", self.NETWORK != "cnn" or {len(x) for x in shapes} == {3}, "rnn or mlp: no images here")
 
@@ -203,6 +201,11 @@ class TeamEnv:
         """Observations [A, ...] and a state."""
         obs, state = self.env.reset(key)
         return self.stack(obs), state
+
+    def has_shaped_reward(self):
+        """Whether the environment reports one."""
+        key, actions = jax.random.key(0), dict.fromkeys(self.agents, jnp.int32(0))
+        return "shaped_reward" in jax.eval_shape(lambda: self.env.step(key, self.env.reset(key)[1], actions)[4])
 
     def step(self, key, state, action):
         """Actions [A] -> observations, state, the team's reward, its shaped reward, and whether the episode has ended."""
@@ -991,7 +994,7 @@ def run(config: Config | None = None, **settings):
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
             row |= logged(metrics)
-            if done == num_updates and np.isnan(row.get("test/unfinished", np.nan)).all():
+            if done == num_updates and np.isnan(row.get("test/returned_episode_returns", np.nan)).any():
                 row |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
             rows.append(row)
             bar.update(chunk * steps)

@@ -294,7 +294,10 @@ def test_chunks_and_resumed_runs_with_memory(tmp_path):
         ({"MEMORY_WINDOW": 9, "NETWORK": "rnn"}, "MEMORY_WINDOW=9 .* at most 8"),
         ({"NETWORK": "rnn", "NUM_MINIBATCHES": 8}, "NUM_MINIBATCHES=8 .* NUM_ENVS = 4"),
         ({"ENV_NAME": "overcooked", "REW_SHAPING_HORIZON": 0}, "REW_SHAPING_HORIZON=0 .* greater than 0"),
-        ({"ENV_NAME": "MPE_simple_spread_v3", "REW_SHAPING_HORIZON": 1e5}, "REW_SHAPING_HORIZON.* only overcooked"),
+        (
+            {"ENV_NAME": "MPE_simple_spread_v3", "REW_SHAPING_HORIZON": 1e5},
+            "REW_SHAPING_HORIZON.* null: MPE_simple_spread_v3 has no shaped reward",
+        ),
         ({"ENV_NAME": "HeuristicEnemySMAX", "ENV_KWARGS": {"num_allies": 9}}, "ENV_KWARGS.* MAP_NAME sets them"),
     ],
 )
