@@ -702,15 +702,20 @@ def save(folder, checkpoints, state, rows):
     import orbax.checkpoint as ocp
     from safetensors.numpy import save_file
 
-    with open(folder / "metrics.csv.new", "w", newline="") as file:
-        table = {"seed": np.tile(np.arange(len(state.key)), len(rows))}
-        table |= {name: values.T.flatten() for name, values in columns(rows).items()}
-        csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
-    os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
+    save_metrics(folder, rows)
     variables = jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
     save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
     os.replace(folder / "params.safetensors.new", folder / "params.safetensors")
     checkpoints.save(int(state.update_steps[0]), args=ocp.args.StandardSave(state))
+
+
+def save_metrics(folder, rows):
+    """Write metrics.csv."""
+    table = {"seed": np.tile(np.arange(len(rows[0]["td_loss"])), len(rows))}
+    table |= {name: values.T.flatten() for name, values in columns(rows).items()}
+    with open(folder / "metrics.csv.new", "w", newline="") as file:
+        csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
+    os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
 
 
 def columns(rows):
@@ -750,9 +755,7 @@ def nanmean(x, axis=None):
 def logged(metrics):
     """What is logged of some updates, [num_seeds, updates] -> [num_seeds]: means of what is known, the last evaluation."""
     tested = np.flatnonzero(np.isfinite(metrics.get("test/unfinished", [[]])).all(0))[-1:]
-    tests = {
-        key: x[:, tested] for key, x in metrics.items() if key.startswith("test/") and "test/unfinished" in metrics
-    }
+    tests = {key: x[:, tested] for key, x in metrics.items() if key.startswith("test/")}
     return {key: nanmean(x, 1) for key, x in (metrics | tests).items() if key != "update_steps"}
 
 
@@ -874,8 +877,6 @@ def run(config: Config | None = None, **settings):
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
             row |= logged(metrics)
-            if done == num_updates and np.isnan(row.get("test/returned_episode_returns", np.nan)).any():
-                row |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
             rows.append(row)
             bar.update(chunk * steps)
             bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
@@ -892,6 +893,12 @@ def run(config: Config | None = None, **settings):
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 
+    if not interrupted and np.isnan(rows[-1].get("test/returned_episode_returns", np.nan)).any():
+        rows[-1] |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
+        if log:
+            attempt("logging to wandb", log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
+        if folder:
+            attempt("saving the final evaluation", save_metrics, folder, rows)
     metrics = columns(rows)
     scores = {key: x[:, -1] for key, x in metrics.items() if key.startswith(("returned_", "test/"))}
     print_scores(scores)

@@ -148,6 +148,8 @@ def measure(recipe, seeds, envs, updates, turns, changes):
         spent, carry = seconds(play, carry)
         playing.append(spent)
     steps, spent = config.NUM_ENVS * config.NUM_STEPS, statistics.median(times)
+    git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     row = dict(zip(KEY, (recipe, seeds, config.NUM_ENVS, config.NUM_STEPS, " ".join(changes)), strict=True))
     row |= {"task": config.TASK, "compile_s": round(first - spent, 1)}
     row["steps_per_s"] = round(steps * updates * seeds / spent)
@@ -157,7 +159,13 @@ def measure(recipe, seeds, envs, updates, turns, changes):
         "peak_gib": round(memory / 2**30, 2),
         "device": hardware(),
     }
-    return row | {"jax": jax.__version__, "script": script, "turns": turns, "date": time.strftime("%Y-%m-%d")}
+    return row | {
+        "jax": jax.__version__,
+        "script": script,
+        "turns": turns,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+    }
 
 
 def write(row):
@@ -171,9 +179,9 @@ def write(row):
         ["script", *KEY], key=lambda x: x.astype(str).str.zfill(9)
     )
     table.to_csv(path, index=False)
-    shown = table[[*KEY, "compile_s", "steps_per_s", "environment_steps_per_s", "share", "peak_gib"]]
+    shown = table[[*KEY, "compile_s", "steps_per_s", "environment_steps_per_s", "share", "peak_gib", "commit"]]
     lines = [shown.columns, ["---"] * shown.shape[1], *shown.itertuples(index=False)]
-    versions = f"{row['device']}, jax {version('jax')}; columns: see benchmarks/speed.py\n\n"
+    versions = f"{row['device']}, jax {version('jax')}; {row['date']}; columns: see benchmarks/speed.py\n\n"
     path.with_suffix(".md").write_text(versions + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
     print(f"Wrote {path} and {path.with_suffix('.md')}")
 

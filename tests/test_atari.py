@@ -295,6 +295,12 @@ def test_missing_envpool_is_one_clear_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_platforms_without_envpools_xla_interface_are_one_clear_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(pqn.UserError, match="Linux only, not for darwin"):
+        pqn.Config()
+
+
 def test_command_line(command):
     """Recipe, options of envpool's and a misspelt game, in one line of error."""
     arguments = ("+alg=pqn_atari_sticky", "alg.ENV_KWARGS.frame_skip=2", "+alg.ENV_KWARGS.num_threads=1")

@@ -307,6 +307,12 @@ def test_mistakes_are_one_line(changes, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("bonus, told", [(1.0, True), (0.05, False)])
+def test_wins_are_told_only_where_the_bonus_exceeds_what_a_step_can_earn(bonus, told):
+    changes = {"ENV_NAME": "HeuristicEnemySMAX", "ENV_KWARGS": {"won_battle_bonus": bonus}}
+    assert (pqn.make_env(pqn.Config(**SMALL | changes)).win is not None) == told
+
+
 def test_recipes_load_and_the_first_is_the_default():
     from omegaconf import OmegaConf
 
