@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import importlib.metadata
 import io
+import math
 import os
 import secrets
 import shlex
@@ -216,7 +217,10 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.he_normal(), (self.size, self.size, len(x), self.features))
+        def he_normal(key, shape):  # drawn as a matrix: on CPU random numbers in four dimensions compile for a second
+            return nn.initializers.he_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+        kernel = self.param("kernel", he_normal, (self.size, self.size, len(x), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         height, width = (n - self.size + 1 for n in x.shape[1:3])
         patches = jnp.concatenate([x[:, :, j : j + width : self.stride] for j in range(self.size)])

@@ -518,18 +518,21 @@ def make_train(config):
         metrics["test/percent_of_maximum"] = 100 * metrics["test/returned_episode_returns"] / max_return
         return metrics | {"test/unfinished": jnp.sum(~ended).astype(jnp.float32)}
 
+    evaluate_seeds = jax.jit(jax.vmap(evaluate))  # jitted here and below, it is traced once
+
     def test(state):
         """An evaluation of every seed, after training: [num_seeds] each."""
         keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
-        return jax.jit(jax.vmap(evaluate))(state, keys)
+        return evaluate_seeds(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
+    @jax.jit
     def update_seeds(state):
         # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
-            tests = partial(jax.vmap(evaluate), state, keys[:, 1])
+            tests = partial(evaluate_seeds, state, keys[:, 1])
             test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
             due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
             metrics |= jax.lax.cond(due, tests, lambda: nan_like(jax.eval_shape(tests)))

@@ -21,6 +21,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import io
+import math
 import os
 import secrets
 import shlex
@@ -171,7 +172,10 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.he_normal(), (self.size, self.size, len(x), self.features))
+        def he_normal(key, shape):  # drawn as a matrix: on CPU random numbers in four dimensions compile for a second
+            return nn.initializers.he_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+        kernel = self.param("kernel", he_normal, (self.size, self.size, len(x), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         height, width = (n - self.size + 1 for n in x.shape[1:3])
         patches = jnp.concatenate([x[:, :, j : j + width : self.stride] for j in range(self.size)])
@@ -422,23 +426,22 @@ def make_train(config):
 
     # EVALUATION
     def evaluate(state, key):
-        key, key_reset = jax.random.split(key)
-        obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS), env_params)
+        keys = jax.random.split(key, config.TEST_NUM_ENVS + 1)
+        obs, env_state = env_reset(keys[1:], env_params)
         zeros = jnp.zeros(config.TEST_NUM_ENVS)
 
         def step(carry):
             t, key, obs, env_state, ended, returns, lengths = carry
-            key, key_act, key_step = jax.random.split(key, 3)
-            action = epsilon_greedy(key_act, q_function(state, obs), config.EPS_TEST)
-            keys_step = jax.random.split(key_step, config.TEST_NUM_ENVS)
-            obs, env_state, reward, terminated, truncated, _ = env_step(keys_step, env_state, action, env_params)
+            keys = jax.random.split(key, config.TEST_NUM_ENVS + 2)  # the next key, one to act, one for each environment
+            action = epsilon_greedy(keys[1], q_function(state, obs), config.EPS_TEST)
+            obs, env_state, reward, terminated, truncated, _ = env_step(keys[2:], env_state, action, env_params)
             returns, lengths = returns + reward * ~ended, lengths + ~ended
-            return t + 1, key, obs, env_state, ended | terminated | truncated, returns, lengths
+            return t + 1, keys[0], obs, env_state, ended | terminated | truncated, returns, lengths
 
         def playing(carry):
             return (carry[0] < (config.TEST_NUM_STEPS or time_limit)) & ~carry[4].all()
 
-        carry = jax.lax.while_loop(playing, step, (0, key, obs, env_state, zeros > 0, zeros, zeros))
+        carry = jax.lax.while_loop(playing, step, (0, keys[0], obs, env_state, zeros > 0, zeros, zeros))
         ended, returns, lengths = carry[4:]
         return {
             "test/returned_episode_returns": jnp.sum(returns * ended) / jnp.sum(ended),
@@ -446,18 +449,21 @@ def make_train(config):
             "test/unfinished": jnp.sum(~ended).astype(jnp.float32),
         }
 
+    evaluate_seeds = jax.jit(jax.vmap(evaluate))  # jitted here and below, it is traced once
+
     def test(state):
         """An evaluation of every seed, after training: [num_seeds] each."""
         keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
-        return jax.jit(jax.vmap(evaluate))(state, keys)
+        return evaluate_seeds(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
+    @jax.jit
     def update_seeds(state):
         # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
-            tests = partial(jax.vmap(evaluate), state, keys[:, 1])
+            tests = partial(evaluate_seeds, state, keys[:, 1])
             test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
             due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
             metrics |= jax.lax.cond(due, tests, lambda: nan_like(jax.eval_shape(tests)))

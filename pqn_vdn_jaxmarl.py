@@ -22,6 +22,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import io
+import math
 import os
 import secrets
 import shlex
@@ -266,8 +267,10 @@ class SameConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel_shape = (self.size, self.size, x.shape[0], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), kernel_shape)
+        def lecun_normal(key, shape):  # drawn as a matrix: on CPU random numbers in four dimensions compile for a second
+            return nn.initializers.lecun_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+        kernel = self.param("kernel", lecun_normal, (self.size, self.size, len(x), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         (_, height, width, batch), pad = x.shape, (self.size // 2, self.size // 2)
         x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
@@ -638,18 +641,21 @@ def make_train(config):
         metrics = {f"test/{name}": value for name, value in episode_metrics(*episodes).items()}
         return metrics | {"test/unfinished": jnp.sum(~episodes[0]).astype(jnp.float32)}
 
+    evaluate_seeds = jax.jit(jax.vmap(evaluate))  # jitted here and below, it is traced once
+
     def test(state):
         """An evaluation of every seed, after training: [num_seeds] each."""
         keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
-        return jax.jit(jax.vmap(evaluate))(state, keys)
+        return evaluate_seeds(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
+    @jax.jit
     def update_seeds(state):
         # On a CPU device seeds take turns: as fast, and they do not wait for each other. Elsewhere they are vmapped.
         state, metrics = jax.lax.map(update, state) if jax.default_backend() == "cpu" else jax.vmap(update)(state)
         keys = jax.vmap(jax.random.split)(state.key)
         if config.TEST_DURING_TRAINING:
-            tests = partial(jax.vmap(evaluate), state, keys[:, 1])
+            tests = partial(evaluate_seeds, state, keys[:, 1])
             test_updates = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))
             due = (config.NUM_UPDATES - state.update_steps[0]) % test_updates == 0
             metrics |= jax.lax.cond(due, tests, lambda: nan_like(jax.eval_shape(tests)))
