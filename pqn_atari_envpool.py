@@ -217,7 +217,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def he_normal(key, shape):  # drawn as a matrix: on CPU random numbers in four dimensions compile for a second
+        def he_normal(key, shape):  # a matrix: on CPU random numbers in four dimensions compile for a second
             return nn.initializers.he_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
         kernel = self.param("kernel", he_normal, (self.size, self.size, len(x), self.features))

@@ -267,7 +267,7 @@ class SameConv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def lecun_normal(key, shape):  # drawn as a matrix: on CPU random numbers in four dimensions compile for a second
+        def lecun_normal(key, shape):  # a matrix: on CPU random numbers in four dimensions compile for a second
             return nn.initializers.lecun_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, len(x), self.features))
