@@ -45,6 +45,8 @@ from flax import struct, traverse_util
 from tqdm import tqdm
 
 SCRIPT = "pqn_atari_envpool"
+# What the published recipe sets beside Config's neutral defaults. A run for which no recipe is named has it, too.
+RECIPE = {}
 
 # Game: scores of a random policy and of a human (Wang et al., 2016, arXiv 1511.06581, and DQN Zoo), 30 no-op starts.
 HUMAN = {
@@ -107,6 +109,7 @@ class Config:
     GAMMA: float = 0.99  # discount
     LAMBDA: float = 0.65  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
     REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
+    DUELING: bool = False  # Q = value + advantages, less their mean (Wang et al. 2016, arXiv 1511.06581, equation 9)
     NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
     NORM_INPUT: bool = False  # batch-normalise observations
     TEST_DURING_TRAINING: bool = True  # TEST_ENVS emulators play beside training; without, only after it
@@ -183,18 +186,30 @@ def make_env(config, seeds=(0,)):
     games = {"".join(map(str.capitalize, game.split("_"))) + "-v5": game for game in atari_game_list}
     near = difflib.get_close_matches(config.ENV_NAME.split("-")[0] + "-v5", games, cutoff=0.5)
     check(config, "ENV_NAME", config.ENV_NAME in games, f"an Atari game, such as {' or '.join(near or ['Pong-v5'])}")
+    defaults = envpool.make_spec(config.ENV_NAME).config._asdict()
+    ours = "num_envs batch_size seed env_seed task base_path max_num_players gym_reset_return_info".split()
+    ours.append("zero_discount_on_life_loss")  # of a discount that is not used here: `episodic_life` ends the episode
+    least = {
+        "num_threads": 0,
+        "thread_affinity_offset": -1,
+        "mode": -1,
+        "difficulty": -1,
+        "repeat_action_probability": 0,
+    }
+    for key, value in config.ENV_KWARGS.items():  # envpool crashes on some values, and takes others without a word
+        default, name = defaults.get(key), f"alg.ENV_KWARGS.{key}={value!r}"
+        if key in ours or default is None:
+            raise UserError(f"{name} is unknown; it takes {', '.join(sorted(set(defaults) - set(ours)))}")
+        low, high = least.get(key, 1), 1 if key == "repeat_action_probability" else 2**31 - 1
+        kind = (int, float) if isinstance(default, float) else type(default)
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not fits or kind is not bool and not low <= value <= high:
+            allowed = "true or false" if kind is bool else f"like {default}, from {low} to {high}"
+            raise UserError(f"{name} is not allowed: must be {allowed}")
     try:
-        settable = set(envpool.make_spec(config.ENV_NAME).config._fields) - {
-            "num_envs",
-            "batch_size",
-            "seed",
-            "env_seed",
-        }
-        if unknown := set(config.ENV_KWARGS) - settable:
-            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(settable))}")
         return envpool.make_gymnasium(config.ENV_NAME, num_envs=len(seeds), seed=list(seeds), **config.ENV_KWARGS)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"alg.ENV_KWARGS={config.ENV_KWARGS} cannot be used for {config.ENV_NAME}: {reason}") from None
 
 
@@ -284,6 +299,7 @@ class QNetwork(nn.Module):
     """
 
     num_actions: int
+    dueling: bool = False
     norm_type: str = "layer_norm"
     norm_input: bool = False
 
@@ -298,7 +314,9 @@ class QNetwork(nn.Module):
             x = nn.relu(norm()(Conv(features, size, stride)(x)))
         x = x.reshape(-1, x.shape[-1])
         x = nn.relu(norm()(Dense(512, nn.initializers.he_normal())(x)))
-        return Dense(self.num_actions)(x).T.reshape(*batch, -1)
+        q_values = Dense(self.num_actions)(x)
+        q_values = Dense(1)(x) + q_values - q_values.mean(0) if self.dueling else q_values
+        return q_values.T.reshape(*batch, -1)
 
 
 class Transition(NamedTuple):
@@ -361,7 +379,7 @@ def shuffle_minibatches(key, batch, num_minibatches):
 
 def make_network(config):
     """The Q-network of a Config."""
-    return QNetwork(int(make_env(config).action_space.n), config.NORM_TYPE, config.NORM_INPUT)
+    return QNetwork(int(make_env(config).action_space.n), config.DUELING, config.NORM_TYPE, config.NORM_INPUT)
 
 
 def make_train(config):
@@ -404,6 +422,7 @@ def make_train(config):
         """
         handle, _, _, step = env.xla()
         _, (obs, reward, terminated, truncated, info) = step(handle, action.reshape(-1))
+        terminated = terminated | (info["terminated"] > 0)  # a game that ends in the step of its time-out has ended
         game_over = truncated | (info["terminated"] > 0)  # `terminated` may be a lost life
         result = obs, reward, info["reward"], terminated, truncated, game_over, info["elapsed_step"]
         return jax.tree.map(lambda x: x.reshape(*action.shape, *x.shape[1:]), result)
@@ -500,7 +519,7 @@ def make_train(config):
 
     def test(state):
         """TEST_ENVS full games of every seed after training, on emulators of their own: [num_seeds] each."""
-        keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
+        keys = jax.vmap(partial(jax.random.fold_in, data=2**31 - 1))(state.key)  # a child that no split makes
         env = make_env(config, emulator_seeds(keys, config.TEST_ENVS))
         zeros = jnp.zeros((len(keys), config.TEST_ENVS))
 
@@ -539,7 +558,7 @@ def make_train(config):
             env = make_env(config, emulator_seeds(state.key, num_envs + num_tests))
             updates_env = jax.jit(partial(updates, env), donate_argnums=0)
             obs = env.reset()[0].reshape(num_seeds, -1, *obs_shape)
-            pool.update(name=time.time_ns() % 2**31, num_seeds=num_seeds, obs=obs, updates=updates_env, stepped=False)
+            pool.update(name=time.time_ns() % 2**30, num_seeds=num_seeds, obs=obs, updates=updates_env, stepped=False)
         state = state.replace(obs=jnp.asarray(pool["obs"]), done=jnp.zeros_like(state.done))
         state = state.replace(game_return=jnp.zeros_like(state.game_return))
         return state.replace(pool=jnp.full(num_seeds, pool["name"]))
@@ -548,17 +567,19 @@ def make_train(config):
         """Train one agent per key (`keys` [num_seeds]), or go on from `state`, which is consumed, for `num_updates`.
 
         Returns {"runner_state": every leaf [num_seeds, ...], "metrics": each [num_seeds, num_updates]}. Keys get
-        emulators of their own, and so does a state whose emulators are gone (from a checkpoint, or from before the
-        latest call with keys). The program is compiled for its emulators; calls of equal `length` >= num_updates share it.
+        emulators of their own, and so does a state whose emulators are gone or have moved on (from a checkpoint, or from
+        before the latest call). The program is compiled for its emulators; calls of equal `length` >= num_updates share it.
         """
         if keys is not None:
             pool.clear()
             state = jax.jit(jax.vmap(init))(keys)
         if not pool or int(state.pool[0]) != pool["name"]:
             state = connect(state)
-        pool["stepped"] |= num_updates > 0
         active = jnp.arange(length or num_updates) < num_updates
         state, metrics = jax.block_until_ready(pool["updates"](state, active))  # the emulators must outlive their use
+        pool["stepped"] |= num_updates > 0
+        pool["name"] += num_updates  # a copy of the state before is no longer theirs
+        state = state.replace(pool=jnp.full_like(state.pool, pool["name"]))
         return {"runner_state": state, "metrics": jax.tree.map(lambda x: x[:num_updates].T, metrics)}
 
     vars(train).update(init=init, connect=connect, rollout=rollout)
@@ -638,6 +659,8 @@ def read_settings(folder):
     try:
         saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
         return saved | {"alg": asdict(Config(**saved["alg"]))}
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
 
@@ -837,7 +860,7 @@ def run(config: Config | None = None, **settings):
     evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
     """
     given, settings = settings, Settings(**settings)
-    config = config or (None if settings.RESUME else Config())
+    config = config or (None if settings.RESUME else Config(**RECIPE))
     folder = run_folder(config, settings)
     if settings.RESUME:
         config, settings = resumed(folder, config, given)
@@ -924,7 +947,8 @@ def main():
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    alg = ("alg", Config, field(default_factory=Config))
+    schema = partial(OmegaConf.structured, Config)  # a Config itself is made below, where its errors are caught
+    alg = ("alg", Any, field(default_factory=schema))
     quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
     sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
     output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
@@ -932,17 +956,19 @@ def main():
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
     path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
-    if name == "schema":  # this file alone: its defaults are the recipe
-        store.store(group="alg", name=Config.ALG_NAME, node=Config)
+    if name == "schema":  # this file alone
+        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema(), RECIPE))
 
     @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")
+        keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+        given = {".".join(key.split(".")[:2]) for key in keys}
+        if "alg" not in given:  # no recipe is named: the published one
+            alg |= {key: value for key, value in RECIPE.items() if f"alg.{key}" not in given}
         try:
             if cfg.RESUME:  # what is not overridden is the folder's
-                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
-                given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
                 alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}

@@ -13,7 +13,7 @@
     python pqn_craftax_rnn.py alg.NUM_RNN_LAYERS=0                       # the feed-forward agent
     python pqn_craftax_rnn.py RESUME=latest                              # go on with a run that was stopped
 
-From Python, or after pasting this file into a notebook cell: `out = run(Config(TOTAL_TIMESTEPS=1e8), NUM_SEEDS=1)`.
+From Python, or after pasting this file into a notebook cell: `out = run(Config(**RECIPE | {"TOTAL_TIMESTEPS": 1e8}))`.
 """
 
 import csv
@@ -48,6 +48,8 @@ with suppress(RuntimeError):  # JAX has started already: in a notebook, say
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
 SCRIPT = "pqn_craftax_rnn"
+# What the published recipe sets beside Config's neutral defaults. A run for which no recipe is named has it, too.
+RECIPE = {"ADD_LAST_ACTION": True, "NORM_INPUT": True}
 MAX_RETURN = {"Craftax-Symbolic-v1": 226, "Craftax-Classic-Symbolic-v1": 22}  # every achievement unlocked
 
 
@@ -83,14 +85,14 @@ class Config:
     HIDDEN_SIZE: float = 512  # units of each hidden layer, and of the LSTM
     NUM_LAYERS: float = 1  # hidden layers before the LSTM
     NUM_RNN_LAYERS: float = 1  # LSTM layers; 0: a feed-forward agent
-    ADD_LAST_ACTION: bool = True  # the LSTM also sees the action before
+    ADD_LAST_ACTION: bool = False  # the LSTM also sees the action before
     NORM_TYPE: str = "batch_norm"  # after each hidden layer: batch_norm (batch renormalisation), layer_norm or none
-    NORM_INPUT: bool = True  # batch-renormalise observations
-    LOG_ACHIEVEMENTS: bool = False  # log how often each achievement was unlocked, training and evaluation
+    NORM_INPUT: bool = False  # batch-renormalise observations
+    LOG_ACHIEVEMENTS: bool = False  # log how often each was unlocked in training, too; evaluations always do
     TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL; a run ends with an evaluation either way
     TEST_INTERVAL: float = 0.01  # as a fraction of all updates
     TEST_NUM_ENVS: float = 512  # episodes per evaluation
-    TEST_NUM_STEPS: float = 1e4  # at most this many steps each
+    TEST_NUM_STEPS: float | None = 1e4  # at most this many steps each; null: the environment's time limit
     EPS_TEST: float = 0.0  # exploration in evaluation
 
     def __post_init__(self):
@@ -164,18 +166,29 @@ def make_env(config):
     values = {key: like(value, parts, key) for key, value in config.ENV_KWARGS.items()}
     changes = [{key: values[key] for key in names & set(values)} for names in known]
     static, params = (part.replace(**change) for part, change in zip(parts, changes, strict=True))
-    return type(env)(static), params
+    env = type(env)(static)
+    try:
+        _ = changes[0] and jax.eval_shape(env.reset_env, jax.random.key(0), params)  # not all sizes make a world
+    except Exception as error:
+        reason = f"{config.ENV_NAME} makes no world of these sizes: {str(error).splitlines()[0]}"
+        raise UserError(f"alg.ENV_KWARGS={config.ENV_KWARGS} is not allowed: {reason}") from None
+    return env, params
 
 
 def like(value, parts, key):
     """A value of ENV_KWARGS in the type of the environment's own. Raises UserError where that would change it."""
     default = next(getattr(part, key) for part in parts if hasattr(part, key))
-    number = isinstance(value, (int, float)) and not isinstance(default, tuple)
-    if not (
-        number and type(default)(value) == value or isinstance(value, (list, tuple)) and isinstance(default, tuple)
-    ):
-        raise UserError(f"alg.ENV_KWARGS.{key}={value!r} is not allowed: must be like {default!r}")
-    return type(default)(value)
+    values, defaults = (x if isinstance(x, (list, tuple)) else (x,) for x in (value, default))
+
+    def fits(x, y):  # y: the environment's own; None stands for any number
+        number = isinstance(x, (bool, int, float)) and 0 <= x < np.inf and isinstance(x, bool) <= isinstance(y, bool)
+        return number and (y is None or type(y)(x) == x)
+
+    same = isinstance(value, (list, tuple)) == isinstance(default, tuple) and len(values) == len(defaults)
+    if not (same and all(map(fits, values, defaults))):
+        raise UserError(f"alg.ENV_KWARGS.{key}={value!r} is not allowed: must be like {default!r}, and not negative")
+    values = [x if y is None else type(y)(x) for x, y in zip(values, defaults, strict=True)]
+    return tuple(values) if isinstance(default, tuple) else values[0]
 
 
 class BatchRenorm(nn.Module):
@@ -383,8 +396,8 @@ def make_train(config):
         return jax.lax.while_loop(lambda carry: carry[1].any(), serve, (key, done, (obs, env_state)))[2]
 
     def achievements(info):
-        """What was unlocked in the episodes that ended, in percent, where it is to be logged."""
-        return {key: x for key, x in info.items() if config.LOG_ACHIEVEMENTS and key.startswith("Achievements/")}
+        """What was unlocked in the episodes that ended, in percent."""
+        return {key: x for key, x in info.items() if key.startswith("Achievements/")}
 
     def init(key):
         key, key_network, key_reset = jax.random.split(key, 3)
@@ -417,7 +430,8 @@ def make_train(config):
             write = lambda x, y: x.at[config.MEMORY_WINDOW + t].set(y)  # noqa: E731
             sequence = jax.tree.map(write, sequence, transition)
             returns, lengths = state.episode_return + reward, state.episode_length + 1
-            episodes = {"returned_episode_returns": returns, "returned_episode_lengths": lengths} | achievements(info)
+            episodes = {"returned_episode_returns": returns, "returned_episode_lengths": lengths}
+            episodes |= achievements(info) if config.LOG_ACHIEVEMENTS else {}
             starts_window = t == config.NUM_STEPS - config.MEMORY_WINDOW - 1
             window_hidden = jax.tree.map(partial(jnp.where, starts_window), hidden, window_hidden)
             state = state.replace(env_state=env_state, obs=obs, reset=done, last_action=jnp.where(done, -1, action))
@@ -510,7 +524,7 @@ def make_train(config):
             return t + 1, key, obs, env_state, action, hidden, ended | done, episodes
 
         def playing(carry):
-            return (carry[0] < config.TEST_NUM_STEPS) & ~carry[6].all()
+            return (carry[0] < (config.TEST_NUM_STEPS or env_params.max_timesteps)) & ~carry[6].all()
 
         carry = 0, key, obs, env_state, action, network.initial_hidden(num_envs), zeros > 0, episodes
         *_, ended, episodes = jax.lax.while_loop(playing, step, carry)
@@ -522,7 +536,7 @@ def make_train(config):
 
     def test(state):
         """An evaluation of every seed, after training: [num_seeds] each."""
-        keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
+        keys = jax.vmap(partial(jax.random.fold_in, data=2**31 - 1))(state.key)  # a child that no split makes
         return evaluate_seeds(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
@@ -640,6 +654,8 @@ def read_settings(folder):
     try:
         saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
         return saved | {"alg": asdict(Config(**saved["alg"]))}
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
 
@@ -839,7 +855,7 @@ def run(config: Config | None = None, **settings):
     evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
     """
     given, settings = settings, Settings(**settings)
-    config = config or (None if settings.RESUME else Config())
+    config = config or (None if settings.RESUME else Config(**RECIPE))
     folder = run_folder(config, settings)
     if settings.RESUME:
         config, settings = resumed(folder, config, given)
@@ -926,7 +942,8 @@ def main():
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    alg = ("alg", Config, field(default_factory=Config))
+    schema = partial(OmegaConf.structured, Config)  # a Config itself is made below, where its errors are caught
+    alg = ("alg", Any, field(default_factory=schema))
     quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
     sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
     output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
@@ -934,17 +951,19 @@ def main():
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
     path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
-    if name == "schema":  # this file alone: its defaults are the recipe
-        store.store(group="alg", name=Config.ALG_NAME, node=Config)
+    if name == "schema":  # this file alone
+        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema(), RECIPE))
 
     @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")
+        keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+        given = {".".join(key.split(".")[:2]) for key in keys}
+        if "alg" not in given:  # no recipe is named: the published one
+            alg |= {key: value for key, value in RECIPE.items() if f"alg.{key}" not in given}
         try:
             if cfg.RESUME:  # what is not overridden is the folder's
-                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
-                given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
                 alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}

@@ -10,10 +10,10 @@
 
     python pqn_gymnax.py                                                 # CartPole with the defaults of Config
     python pqn_gymnax.py +alg=pqn_acrobot NUM_SEEDS=10
-    python pqn_gymnax.py alg.ENV_NAME=Catch-bsuite alg.REW_SCALE=1       # any environment with discrete actions
+    python pqn_gymnax.py alg.ENV_NAME=Catch-bsuite                       # any environment with discrete actions
     python pqn_gymnax.py RESUME=latest                                   # go on with a run that was stopped
 
-From Python, or after pasting this file into a notebook cell: `out = run(Config(TOTAL_TIMESTEPS=5e5), NUM_SEEDS=10)`.
+From Python, or after pasting this file into a notebook cell: `out = run(Config(**RECIPE), NUM_SEEDS=10)`.
 """
 
 import csv
@@ -51,6 +51,8 @@ with suppress(RuntimeError):  # JAX has started already: in a notebook, say
 import gymnax  # noqa: E402 (it starts JAX)
 
 SCRIPT = "pqn_gymnax"
+# What the published recipe sets beside Config's neutral defaults. A run for which no recipe is named has it, too.
+RECIPE = {"REW_SCALE": 0.1}
 
 
 class UserError(ValueError):
@@ -78,7 +80,7 @@ class Config:
     MAX_GRAD_NORM: float = 10.0  # clipping of the gradient's global norm
     GAMMA: float = 0.99  # discount
     LAMBDA: float = 0.95  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
-    REW_SCALE: float = 0.1  # scales the rewards learned from, never those reported
+    REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
     HIDDEN_SIZE: float = 256  # units of each hidden layer
     NUM_LAYERS: float = 2  # hidden layers
     NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
@@ -436,7 +438,7 @@ def make_train(config):
 
     def test(state):
         """An evaluation of every seed, after training: [num_seeds] each."""
-        keys = jax.vmap(partial(jax.random.fold_in, data=state.update_steps[0]))(state.key)
+        keys = jax.vmap(partial(jax.random.fold_in, data=2**31 - 1))(state.key)  # a child that no split makes
         return evaluate_seeds(state, keys)
 
     # THE WHOLE RUN: a scan over updates of all seeds, so that "evaluate now?" stays a branch
@@ -555,6 +557,8 @@ def read_settings(folder):
     try:
         saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
         return saved | {"alg": asdict(Config(**saved["alg"]))}
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
 
@@ -754,7 +758,7 @@ def run(config: Config | None = None, **settings):
     evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
     """
     given, settings = settings, Settings(**settings)
-    config = config or (None if settings.RESUME else Config())
+    config = config or (None if settings.RESUME else Config(**RECIPE))
     folder = run_folder(config, settings)
     if settings.RESUME:
         config, settings = resumed(folder, config, given)
@@ -841,7 +845,8 @@ def main():
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    alg = ("alg", Config, field(default_factory=Config))
+    schema = partial(OmegaConf.structured, Config)  # a Config itself is made below, where its errors are caught
+    alg = ("alg", Any, field(default_factory=schema))
     quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
     sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
     output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
@@ -849,17 +854,19 @@ def main():
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
     path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
-    if name == "schema":  # this file alone: its defaults are the recipe
-        store.store(group="alg", name=Config.ALG_NAME, node=Config)
+    if name == "schema":  # this file alone
+        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema(), RECIPE))
 
     @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")
+        keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+        given = {".".join(key.split(".")[:2]) for key in keys}
+        if "alg" not in given:  # no recipe is named: the published one
+            alg |= {key: value for key, value in RECIPE.items() if f"alg.{key}" not in given}
         try:
             if cfg.RESUME:  # what is not overridden is the folder's
-                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
-                given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
                 alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}

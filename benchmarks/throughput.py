@@ -99,7 +99,7 @@ def main():
     args = parser.parse_args()
     script, changes, recipe, forward = TASKS[args.task]
     module = importlib.import_module(script)
-    config = module.Config(**changes | {"TOTAL_TIMESTEPS": args.steps, "TEST_DURING_TRAINING": False})
+    config = module.Config(**module.RECIPE | changes | {"TOTAL_TIMESTEPS": args.steps, "TEST_DURING_TRAINING": False})
     steps = config.NUM_UPDATES * config.NUM_ENVS * config.NUM_STEPS
     device = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
     print(f"{script} {config.ENV_NAME}, {steps:,} steps a seed, {device}, jax {jax.__version__}")

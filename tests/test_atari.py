@@ -249,7 +249,7 @@ def test_recipes():
     from omegaconf import OmegaConf
 
     recipe = lambda name: OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{name}.yaml"))  # noqa: E731
-    assert pqn.Config(**recipe("pqn_atari")) == pqn.Config()
+    assert pqn.Config(**recipe("pqn_atari")) == pqn.Config(**pqn.RECIPE)
     sticky = pqn.make_env(pqn.Config(**recipe("pqn_atari_sticky"))).config
     assert sticky["repeat_action_probability"] == 0.25 and not sticky["episodic_life"] and sticky["noop_max"] == 1
     keys = {
@@ -266,9 +266,18 @@ BAD = {
     "near match": ({"ENV_NAME": "Breakot-v5"}, "ENV_NAME='Breakot-v5' .* Breakout-v5"),
     "another naming": ({"ENV_NAME": "PongNoFrameskip-v4"}, "such as .*Pong-v5"),
     "another script's": ({"ENV_NAME": "Breakout-MinAtar"}, "such as Breakout-v5"),
-    "unknown option": ({"ENV_KWARGS": {"speed": 2}}, "unknown speed; it takes .*frame_skip"),
-    "reserved option": ({"ENV_KWARGS": {"num_envs": 2}}, "unknown num_envs"),
-    "wrong type": ({"ENV_KWARGS": {"frame_skip": "often"}}, "ENV_KWARGS.*frame_skip"),
+    "unknown option": ({"ENV_KWARGS": {"speed": 2}}, "ENV_KWARGS.speed=2 is unknown; it takes .*frame_skip"),
+    "reserved option": ({"ENV_KWARGS": {"num_envs": 2}}, "num_envs=2 is unknown"),
+    "wrong type": (
+        {"ENV_KWARGS": {"frame_skip": "often"}},
+        "ENV_KWARGS.frame_skip='often' is not allowed: must be like 4",
+    ),
+    "fraction of a frame": ({"ENV_KWARGS": {"frame_skip": 1.5}}, "ENV_KWARGS.frame_skip=1.5 "),
+    "what crashes envpool": ({"ENV_KWARGS": {"noop_max": 0}}, "ENV_KWARGS.noop_max=0 .* from 1 to"),
+    "what hangs envpool": ({"ENV_KWARGS": {"num_threads": -1}}, "ENV_KWARGS.num_threads=-1 .* from 0 to"),
+    "no probability": ({"ENV_KWARGS": {"repeat_action_probability": 7}}, "repeat_action_probability=7 .* from 0 to 1"),
+    "a number for a switch": ({"ENV_KWARGS": {"episodic_life": 1}}, "episodic_life=1 .* true or false"),
+    "another game": ({"ENV_KWARGS": {"task": "breakout"}}, "ENV_KWARGS.task='breakout' is unknown"),
     "small screens": ({"ENV_KWARGS": {"img_height": 20}}, "ENV_KWARGS=.* 36 x 36"),
     "minibatches": ({"NUM_MINIBATCHES": 33}, "NUM_MINIBATCHES=33"),
     "test emulators": ({"TEST_ENVS": 0}, "TEST_ENVS=0"),

@@ -1,5 +1,7 @@
 """The recurrent agent: recurrence, targets, memory, world by world resets, batch renormalisation, bytes, real Craftax."""
 
+import re
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +16,7 @@ from test_algorithm import oracle
 
 import pqn_craftax_rnn as pqn
 
-SMALL = TINY | {"HIDDEN_SIZE": 16, "TEST_NUM_ENVS": 8}
+SMALL = TINY | pqn.RECIPE | {"HIDDEN_SIZE": 16, "TEST_NUM_ENVS": 8}
 
 
 @struct.dataclass
@@ -100,7 +102,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_training_pass_reproduces_the_rollout_across_episode_ends(probe, changes):
-    """The hidden state after a rollout, and its greedy actions, are those of one pass over what was stored."""
+    """The Q-values of a rollout, step by step, and the hidden state after it are those of one pass over what was stored."""
     config, train, state = probe(EPS_START=0.0, EPS_FINISH=0.0, **changes)
     state = shaken(state)
     rollout = jax.jit(train.rollout)
@@ -112,6 +114,11 @@ def test_training_pass_reproduces_the_rollout_across_episode_ends(probe, changes
     hidden, q_values = q_values_of(config, state, before.window_hidden, seen)
     np.testing.assert_array_equal(q_values.argmax(-1)[window:], trajectory.action)
     assert len(np.unique(trajectory.action)) > 1
+    act = partial(jax.jit(pqn.make_network(config).apply), {"params": state.params, "batch_stats": state.batch_stats})
+    stepped = before.hidden
+    for t in range(config.NUM_STEPS):  # as the rollout acts
+        stepped, one = act(stepped, *(x[window + t][None] for x in sequence[:3]))
+        np.testing.assert_allclose(one[0], q_values[window + t], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), hidden, after.hidden)
     equal = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
     if window:  # the window is the end of the rollout before
@@ -231,7 +238,10 @@ def test_evaluation_plays_first_episodes_with_fresh_keys_and_counts_achievements
     _, train, state = probe(TEST_NUM_ENVS=4096, TEST_NUM_STEPS=5)
     metrics = jax.jit(train.evaluate)(state, jax.random.key(3))
     assert abs(metrics["test/returned_episode_returns"] - 3.5) < 0.1 and abs(metrics["test/unfinished"] - 2048) < 200
-    assert not any("Achievements" in key for key in metrics)
+    assert (
+        "test/Achievements/live_long" in metrics
+        and "Achievements/live_long" not in jax.eval_shape(train.update, state)[1]
+    )
 
 
 class Dice(Counter):
@@ -348,6 +358,7 @@ def test_continued_and_resumed_training_is_the_same_and_a_restored_agent_scores_
     """Running statistics, the window and the hidden state are in the checkpoint; statistics are beside the parameters."""
     config, train, _ = probe(MEMORY_WINDOW=2)
     keys = jax.random.split(jax.random.key(0), 2)
+    whole = train(keys)["runner_state"]
     halves = [train(keys, num_updates=6)]
     halves.append(train(state=halves[0]["runner_state"], num_updates=6))
     state = jax.tree.map(lambda x: x[1], halves[1]["runner_state"])
@@ -356,9 +367,9 @@ def test_continued_and_resumed_training_is_the_same_and_a_restored_agent_scores_
         if path.is_file():
             path.write_bytes(b"")  # as if it had been killed before the end
     resumed = pqn.run(RESUME=str(run["folder"]), SAVE_PATH=str(tmp_path))
-    for out in (run, resumed):
-        pairs = zip(*(jax.tree.leaves(x["runner_state"].replace(key=None)) for x in (halves[1], out)), strict=True)
-        assert all(np.array_equal(a, b) for a, b in pairs)
+    key_data = lambda state: state.replace(key=jax.random.key_data(state.key))  # noqa: E731
+    for out in (halves[1], run, resumed):
+        jax.tree.map(np.testing.assert_array_equal, key_data(whole), key_data(out["runner_state"]))
     agent = pqn.load(run["folder"])
     assert agent.variables["batch_stats"]["BatchRenorm_0"]["batches"].tolist() == [12 * 4] * 2
     assert np.abs(agent.variables["batch_stats"]["BatchRenorm_0"]["mean"]).max() > 0
@@ -397,9 +408,35 @@ def test_bad_input_names_the_key(key):
         pqn.Config(**SMALL | {"ENV_NAME": "Craftax-Classic-Symbolic-v1", key: BAD[key]})
 
 
-@pytest.mark.parametrize("key, value", [("max_timesteps", "long"), ("max_zombies", 2.5), ("map_size", 32)])
+WRONG = [
+    ("max_timesteps", "long"), ("max_timesteps", float("inf")), ("max_timesteps", -1), ("max_timesteps", True),
+    ("max_zombies", 2.5), ("map_size", 32), ("map_size", [64]), ("map_size", ["a", "b"]), ("fractal_noise_angles", [1, 2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [{"map_size": [60, 60]}, {"max_zombies": 0}])
+def test_sizes_of_which_craftax_makes_no_world_are_refused(sizes):
+    with pytest.raises(pqn.UserError, match="no world of these sizes"):
+        pqn.Config(**SMALL | {"ENV_NAME": "Craftax-Classic-Symbolic-v1", "ENV_KWARGS": sizes})
+
+
+def test_craftax_symbolic_is_traced():
+    """The published environment compiles for a minute; that an update of it keeps all shapes and types is seen without."""
+    train = pqn.make_train(pqn.Config(**SMALL))
+    state = jax.eval_shape(train.init, jax.random.key(0))
+    after, metrics = jax.eval_shape(train.update, state)
+    assert jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
+    assert state.obs.shape == (4, 8268) and "td_loss" in metrics
+
+
+def test_command_line_of_this_script(command):
+    process = command("pqn_craftax_rnn", "alg.ENV_NAME=Craftax-Pixels-v1")
+    assert process.code == 1 and "Traceback" not in process.err and "Craftax-Classic-Symbolic-v1" in process.err
+
+
+@pytest.mark.parametrize("key, value", WRONG)
 def test_values_of_env_kwargs_are_like_the_environments_own(key, value):
-    with pytest.raises(pqn.UserError, match=f"ENV_KWARGS.{key}=.*{value}"):
+    with pytest.raises(pqn.UserError, match=re.escape(f"ENV_KWARGS.{key}={value!r}")):
         pqn.Config(**SMALL | {"ENV_NAME": "Craftax-Classic-Symbolic-v1", "ENV_KWARGS": {key: value}})
     env, params = pqn.make_env(pqn.Config(**SMALL | {"ENV_KWARGS": {"max_timesteps": 1e3, "map_size": [32, 32]}}))
     assert params.max_timesteps == 1000 and env.static_env_params.map_size == (32, 32)
@@ -425,4 +462,4 @@ def test_recipes_load_and_the_published_one_is_the_default():
         pqn.Config(**OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{name}.yaml")))
         for name in ("pqn_craftax_rnn", "pqn_craftax_classic_rnn")
     )
-    assert published == pqn.Config() and classic.ENV_NAME == "Craftax-Classic-Symbolic-v1"
+    assert published == pqn.Config(**pqn.RECIPE) and classic.ENV_NAME == "Craftax-Classic-Symbolic-v1"

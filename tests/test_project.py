@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What may differ from script to script, by name; everything else at top level is the same, letter for letter.
-MAY_DIFFER = {"SCRIPT", "Config", "QNetwork", "make_network"}
+MAY_DIFFER = {"SCRIPT", "RECIPE", "Config", "QNetwork", "make_network"}
 # ... and in scripts that are not both feed-forward on gymnax's interface; `counters` knows Atari's frames.
 MAY_DIFFER_MORE = MAY_DIFFER | {"Transition", "TrainState", "make_env", "make_train", "counters"}
 

@@ -345,7 +345,7 @@ def test_recipes_load_and_defaults_are_the_first(name, script):
         script.Config(**OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")))
         for recipe in recipes
     ]
-    assert configs[0] == script.Config()
+    assert configs[0] == script.Config(**script.RECIPE)
 
 
 def test_root_config_restates_the_settings(script):

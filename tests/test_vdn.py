@@ -320,7 +320,7 @@ def test_recipes_load_and_the_first_is_the_default():
         name: pqn.Config(**OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/pqn_vdn_{name}.yaml")))
         for name in ("mpe", "smax", "overcooked", "hanabi")
     }
-    assert recipes["mpe"] == pqn.Config()
+    assert recipes["mpe"] == pqn.Config(**pqn.RECIPE)
     tasks = ["MPE_simple_spread_v3", "HeuristicEnemySMAX_2s3z", "overcooked_cramped_room", "hanabi"]
     assert [config.TASK for config in recipes.values()] == tasks
     hanabi = recipes["hanabi"]
