@@ -118,7 +118,8 @@ def measure(config, seeds, updates, turns):
     print(
         f"{seeds} seeds, num_threads {config.ENV_KWARGS.get('num_threads', 0) or 'all'}: emulators alone {steps / alone:,.0f} steps/s, "
         f"training {steps / whole:,.0f} steps/s, {alone / whole:.0%} of that; "
-        + ", ".join(f"{name} {part / whole:.0%}" for name, part in split.items()),
+        + ", ".join(f"{name} {part / whole:.0%}" for name, part in split.items())
+        + f"; {4 * 3600 * steps / whole:,.0f} frames an hour, 2e8 in {2e8 * whole / (4 * 3600 * steps):.1f} h",
         flush=True,
     )
 

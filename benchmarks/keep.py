@@ -12,7 +12,8 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = ["seed", "env_step", "update_steps", "time", "td_loss"]
+MAIN = ["seed", "env_step", "update_steps", "time", "td_loss", "reset_steps"]
+MAIN += ["test/percent_of_maximum", "test/human_normalized_score", "test/unfinished"]
 
 
 def main(folder, commit):
@@ -28,7 +29,7 @@ def main(folder, commit):
     about |= {"SAVE_PATH": "runs", "RESUME": None, "resumed": len(saved.get("resumed", []))}  # no paths of a machine
     OmegaConf.save(OmegaConf.to_container(saved) | about, kept / "config.yaml")
     table = pd.read_csv(folder / "metrics.csv")
-    columns = [name for name in table if name in MAIN or "returned_" in name or name == "test/percent_of_maximum"]
+    columns = [name for name in table if name in MAIN or "returned_" in name or "test/Achievements" in name]
     table[columns].to_csv(kept / "metrics.csv", index=False, float_format="%.6g")
     shutil.copy(folder / "learning_curve.png", kept)
 

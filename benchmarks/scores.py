@@ -23,6 +23,7 @@ TASKS = {  # task: (script, recipe, overrides)
     "Acrobot-v1": ("pqn_gymnax", "pqn_acrobot", []),
     **{f"{game}-MinAtar": ("pqn_minatar", "pqn", [f"alg.ENV_NAME={game}-MinAtar"]) for game in GAMES},
     "Pong-v5": ("pqn_atari_envpool", "pqn_atari", []),
+    "Breakout-v5": ("pqn_atari_envpool", "pqn_atari", ["alg.ENV_NAME=Breakout-v5"]),
     "Craftax-Classic-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_classic_rnn", []),
     "Craftax-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_rnn", []),
     "MPE_simple_spread_v3": ("pqn_vdn_jaxmarl", "pqn_vdn_mpe", []),

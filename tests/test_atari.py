@@ -1,6 +1,8 @@
 """Atari's alone: emulators against an oracle without JAX, masking, scores of full games, seeds, resuming, errors."""
 
 import csv
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -134,6 +136,15 @@ def test_scores_are_those_of_full_games_with_raw_rewards(recorded, replayed):
                 total, steps = 0.0, 0
 
 
+def test_a_copy_of_an_earlier_state_gets_emulators_of_its_own():
+    train = pqn.make_train(pqn.Config(**TINY))
+    state = train(keys(1), num_updates=1, length=1)["runner_state"]
+    copy = jax.tree.map(jnp.copy, state)
+    state = train(state=state, num_updates=1, length=1)["runner_state"]
+    names = [int(train(state=s, num_updates=0, length=1)["runner_state"].pool[0]) for s in (state, copy)]
+    assert names[0] != names[1] and int(copy.pool[0]) not in names
+
+
 def test_test_emulators_play_greedily_and_keep_their_latest_score(recorded):
     config, seeds, state, params, _ = recorded
     env = envpool.make_gymnasium("Breakout-v5", num_envs=2, seed=seeds[3:5], **LIMIT)  # those of the first seed
@@ -233,6 +244,19 @@ def test_layers_are_those_of_flax():
         compare_layers(pqn.Conv(6, size, stride), nn.Conv(6, (size, size), (stride, stride), padding="VALID"), x)
 
 
+def test_dueling_heads():
+    """Q = V + A - mean A: the head of advantages may be shifted, and Q's mean over actions is the head of the value."""
+    network, obs = pqn.QNetwork(4, dueling=True), jax.random.randint(jax.random.key(0), (3, 4, 84, 84), 0, 256)
+    params = jax.jit(network.init)(jax.random.key(1), obs)["params"]
+    bias = lambda layer, x: params | {layer: params[layer] | {"bias": params[layer]["bias"] + x}}  # noqa: E731
+    plain, advantages, value = (
+        jax.jit(network.apply)({"params": p}, obs) for p in (params, bias("Dense_1", 2.0), bias("Dense_2", 2.0))
+    )
+    np.testing.assert_allclose(advantages, plain, atol=1e-5)
+    np.testing.assert_allclose(value, plain + 2, atol=1e-5)
+    assert np.std(plain, 1).min() > 0
+
+
 def test_human_normalized_scores():
     """The published medians and numbers of games above human follow from the published scores and our table."""
     assert len(pqn.HUMAN) == 57 and set(pqn.HUMAN) <= set(envpool.list_all_envs())
@@ -302,6 +326,17 @@ def test_missing_envpool_is_one_clear_line(monkeypatch):
     with pytest.raises(pqn.UserError, match="pip install 'envpool>=1.2.5'") as error:
         pqn.Config()
     assert "\n" not in str(error.value)
+
+
+def test_missing_envpool_on_the_command_line(tmp_path):
+    (tmp_path / "envpool.py").write_text("raise ImportError('no wheel')")
+    for arguments in ([], ["+alg=pqn_atari"]):
+        process = subprocess.run(
+            [sys.executable, ROOT / "pqn_atari_envpool.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )  # fmt: skip
+        assert process.returncode == 1 and process.stderr.startswith("Error: envpool is needed"), process.stderr
+        assert len(process.stderr.splitlines()) == 1
 
 
 def test_platforms_without_envpools_xla_interface_are_one_clear_line(monkeypatch):
