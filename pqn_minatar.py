@@ -129,7 +129,7 @@ def check_numbers(config):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
             check(config, key, number, "a finite number")
         else:
-            check(config, key, isinstance(value, kind), f"of type {kind.__name__}")
+            check(config, key, isinstance(value, kind), f"of type {getattr(kind, '__name__', kind)}")
         if key in counts.split():
             least = 0 if key in ("NUM_RNN_LAYERS", "MEMORY_WINDOW") else 1
             check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
@@ -521,6 +521,8 @@ def seed_mesh(num_seeds):
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
 
+CHECKPOINT_SECONDS = 600  # no more than this is lost, whatever CHECKPOINT_INTERVAL is
+
 
 @dataclass
 class Settings:
@@ -531,7 +533,7 @@ class Settings:
     SAVE_PATH: str | None = "runs"  # where the run's folder is made; null: nothing is written
     RESUME: str | None = None  # a run's folder, or latest; its configuration is the folder's
     LOG_INTERVAL: int | None = None  # in updates, a logged row is their mean; null: a 1,000th of the run
-    CHECKPOINT_INTERVAL: int | None = None  # in updates, metrics.csv is written along; null: a 20th of the run
+    CHECKPOINT_INTERVAL: int | None = None  # in updates, null: a 20th of the run; every ten minutes, too
     WANDB_MODE: str = "disabled"  # online, offline or disabled
     ENTITY: str | None = None  # wandb's
     PROJECT: str = "pqn"  # wandb's
@@ -726,7 +728,9 @@ def learning_curve(metrics, title):
 
     figure, num_seeds = Figure(figsize=(7, 4.5), layout="constrained"), len(metrics["env_step"])
     axes, resamples = figure.subplots(), np.random.default_rng(0).integers(num_seeds, size=(200, num_seeds))
-    for key, label in (("returned_episode_returns", "training"), ("test/returned_episode_returns", "evaluation")):
+    won = "returned_won_episode" in metrics  # what a battle is about
+    name, shown = ("returned_won_episode", "battles won") if won else ("returned_episode_returns", "episode return")
+    for key, label in ((name, "training"), (f"test/{name}", "evaluation")):
         known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).all(0))
         points = np.array_split(known, max(1, min(len(known), 200)))  # at most 200, each of adjacent rows
         steps = [metrics["env_step"][0, point].mean() for point in points if len(known)]
@@ -734,7 +738,7 @@ def learning_curve(metrics, title):
         (line,) = axes.plot(steps, trim_mean(values, 0.25, axis=1), label=label, marker=".")
         band = np.percentile(trim_mean(values[:, resamples], 0.25, axis=2), (2.5, 97.5), axis=1)
         axes.fill_between(steps, *band, color=line.get_color(), alpha=0.25, linewidth=0)
-    ylabel = "episode return" + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
+    ylabel = shown + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
     axes.set(title=title, xlabel="environment steps", ylabel=ylabel)
     axes.legend(), axes.grid(alpha=0.3)
     figure.savefig(png := io.BytesIO(), format="png", dpi=120)
@@ -804,14 +808,15 @@ def run(config: Config | None = None, **settings):
 
     done, steps = int(state.update_steps[0]), counters(config, 1)["env_step"] * num_seeds  # of one update
     finite, start = np.full(num_seeds, True), time.time() - (rows[-1]["time"][0] if rows else 0)
+    saved = time.time()
     progress = {"total": num_updates * steps, "initial": done * steps, "unit": "step", "unit_scale": True}
     with tqdm(desc=config.TASK, **progress) as bar, catch_signals() as interrupted:
         while done < num_updates and not interrupted:
             chunk, before = min(log_interval, num_updates - done), time.time()
             out = train(state=state, num_updates=chunk, length=log_interval)
             state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
-            due = (done + chunk) // checkpoint_interval > done // checkpoint_interval
-            done, now = done + chunk, time.time()
+            due, now = (done + chunk) // checkpoint_interval > done // checkpoint_interval, time.time()
+            done, due = done + chunk, due or now - saved > CHECKPOINT_SECONDS
             row = {"update_steps": done}
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
@@ -829,6 +834,7 @@ def run(config: Config | None = None, **settings):
                 if not (folder / "config.yaml").exists():  # the disk was full
                     attempt("writing config.yaml", write_settings, folder, config, settings)
                 attempt("saving", save, folder, checkpoints, state, rows)
+                saved = time.time()
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 

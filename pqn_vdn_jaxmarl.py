@@ -50,7 +50,7 @@ from tqdm import tqdm
 with suppress(RuntimeError):  # JAX has started already: in a notebook, say
     if jax.config.jax_num_cpu_devices < 1:  # each CPU core a device, so that seeds train side by side
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
-with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr):  # which importing JaxMARL changes, in notebooks, too
+with redirect_stdout(io.StringIO()), redirect_stderr(sys.stderr):  # importing JaxMARL prints, and changes both
     import jaxmarl  # it starts JAX
 from jaxmarl.environments.overcooked import overcooked_layouts  # noqa: E402
 from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO  # noqa: E402
@@ -64,6 +64,9 @@ ENVIRONMENTS = {
     "HeuristicEnemySMAX": True, "overcooked": True, "hanabi": True, "switch_riddle": True,
     "MPE_simple_spread_v3": False, "MPE_simple_reference_v3": False, "MPE_simple_speaker_listener_v4": False,
 }  # fmt: skip
+MPE_OPTIONS = (
+    "rad moveable silent collide mass accel max_speed u_noise c_noise damping contact_force contact_margin".split()
+)
 
 
 class UserError(ValueError):
@@ -75,7 +78,7 @@ class Config:
     """Hyper-parameters, `alg.KEY=value` on the command line; counts may be written 1e7. Raises UserError if wrong."""
 
     ENV_NAME: str = "MPE_simple_spread_v3"  # one of ENVIRONMENTS
-    MAP_NAME: str = "2s3z"  # of HeuristicEnemySMAX; the others have none
+    MAP_NAME: str | None = None  # of HeuristicEnemySMAX, null: 2s3z; the others have none
     ENV_KWARGS: dict = field(default_factory=dict)  # for the environment's constructor; overcooked: layout, by name
     ALG_NAME: str = "pqn_vdn_mpe"  # a label for logs
     NETWORK: str = "mlp"  # rnn: with a GRU; cnn: observations are images; mlp
@@ -109,6 +112,8 @@ class Config:
 
     def __post_init__(self):
         check_numbers(self)
+        if self.ENV_NAME == "HeuristicEnemySMAX":
+            self.MAP_NAME = self.MAP_NAME or "2s3z"
         kinds, norms = ("rnn", "cnn", "mlp"), ("layer_norm", "batch_norm", "none")
         check(self, "NETWORK", self.NETWORK in kinds, "rnn, cnn or mlp")
         check(self, "NORM_TYPE", self.NORM_TYPE in norms, "layer_norm, batch_norm or none")
@@ -117,8 +122,13 @@ class Config:
         divides = self.NETWORK != "rnn" or self.NUM_ENVS % self.NUM_MINIBATCHES == 0
         check(self, "NUM_MINIBATCHES", divides, f"a divisor of NUM_ENVS = {self.NUM_ENVS} with NETWORK=rnn")
         horizon, env = self.REW_SHAPING_HORIZON, make_env(self)
+        check(self, "ENV_KWARGS", env.time_limit > 1, "with max_steps of at least 1")
         check(self, "REW_SHAPING_HORIZON", horizon is None or horizon > 0, "greater than 0, or null")
-        valid = horizon is None or env.has_shaped_reward()
+        try:
+            valid = env.has_shaped_reward() or horizon is None
+        except Exception as error:  # JaxMARL looks at some of its options in a step only
+            reason = str(error).splitlines()[0]
+            raise UserError(f"alg.ENV_KWARGS={self.ENV_KWARGS} cannot be used for {self.ENV_NAME}: {reason}") from None
         check(self, "REW_SHAPING_HORIZON", valid, f"null: {self.ENV_NAME} has no shaped reward")
         shapes = [x.shape for x in env.observations().values()]
         check(self, "NETWORK", self.NETWORK != "cnn" or {len(x) for x in shapes} == {3}, "rnn or mlp: no images here")
@@ -130,9 +140,11 @@ class Config:
 
     @property
     def TASK(self):
-        """The task in folder names and titles: environment and map or layout."""
-        place = {"HeuristicEnemySMAX": self.MAP_NAME, "overcooked": self.ENV_KWARGS.get("layout", "cramped_room")}
-        return "_".join([self.ENV_NAME, *filter(None, [place.get(self.ENV_NAME)])])
+        """The task in folder names and titles: environment, map or layout, and its numbers of agents and the like."""
+        places = {"HeuristicEnemySMAX": self.MAP_NAME, "overcooked": self.ENV_KWARGS.get("layout", "cramped_room")}
+        place = [places[self.ENV_NAME]] if self.ENV_NAME in places else []
+        sizes = [f"{key.removeprefix('num_')}{x}" for key, x in self.ENV_KWARGS.items() if key.startswith("num_")]
+        return "_".join([self.ENV_NAME, *place, *sizes])
 
 
 def check(config, key, valid, allowed):
@@ -156,7 +168,7 @@ def check_numbers(config):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
             check(config, key, number, "a finite number")
         else:
-            check(config, key, isinstance(value, kind), f"of type {kind.__name__}")
+            check(config, key, isinstance(value, kind), f"of type {getattr(kind, '__name__', kind)}")
         if key in counts.split():
             least = 0 if key in ("NUM_RNN_LAYERS", "MEMORY_WINDOW") else 1
             check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
@@ -234,10 +246,14 @@ def make_env(config):
     """The TeamEnv of a Config."""
     check(config, "ENV_NAME", config.ENV_NAME in ENVIRONMENTS, f"one of {', '.join(ENVIRONMENTS)}")
     kwargs = dict(config.ENV_KWARGS)
-    if config.ENV_NAME == "HeuristicEnemySMAX":
+    smax = config.ENV_NAME == "HeuristicEnemySMAX"
+    check(config, "MAP_NAME", smax or config.MAP_NAME is None, f"null: {config.ENV_NAME} has no maps")
+    if smax:
         check(config, "MAP_NAME", config.MAP_NAME in MAP_NAME_TO_SCENARIO, f"one of {', '.join(MAP_NAME_TO_SCENARIO)}")
         fixed = "scenario num_allies num_enemies smacv2_position_generation smacv2_unit_type_generation".split()
         check(config, "ENV_KWARGS", not {*fixed} & {*kwargs}, f"without {', '.join(fixed)}: MAP_NAME sets them")
+        mode = kwargs.get("attack_mode", "closest")
+        check(config, "ENV_KWARGS", mode in ("closest", "random"), "with attack_mode closest or random")
         kwargs["scenario"] = MAP_NAME_TO_SCENARIO[config.MAP_NAME]
     if config.ENV_NAME == "overcooked":
         layout, layouts = kwargs.get("layout", "cramped_room"), ", ".join(overcooked_layouts)
@@ -248,8 +264,9 @@ def make_env(config):
             env = jaxmarl.make(config.ENV_NAME, **kwargs)
         classes = [*type(env).__mro__, *type(getattr(env, "_env", env)).__mro__]  # SMAX is inside HeuristicEnemySMAX
         known = {name for c in classes for name in inspect.signature(c.__init__).parameters}
+        known = known - {"self", "args", "kwargs"} | set(MPE_OPTIONS if config.ENV_NAME.startswith("MPE") else ())
         if unknown := set(kwargs) - known:  # MPE takes any without a word
-            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(known - {'self', 'kwargs'}))}")
+            raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
         return TeamEnv(env, ENVIRONMENTS[config.ENV_NAME], flatten=config.NETWORK != "cnn")
     except Exception as error:
         raise UserError(
@@ -508,7 +525,10 @@ def make_train(config):
         )  # fmt: skip
         if num_window:
             _, trajectory, *_ = jax.eval_shape(rollout, state)
-            window = jax.tree.map(lambda x: jnp.ones((num_window, *x.shape[1:]), x.dtype), trajectory)  # masked
+            window = jax.tree.map(
+                lambda x: jnp.ones((num_window, *x.shape[1:]), x.dtype), trajectory
+            )  # masked, but for
+            window = window._replace(obs=jnp.broadcast_to(obs, window.obs.shape))  # batch statistics, which see these
             state = state.replace(window=(window, hidden))
         return state
 
@@ -712,6 +732,8 @@ def seed_mesh(num_seeds):
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
 
+CHECKPOINT_SECONDS = 600  # no more than this is lost, whatever CHECKPOINT_INTERVAL is
+
 
 @dataclass
 class Settings:
@@ -722,7 +744,7 @@ class Settings:
     SAVE_PATH: str | None = "runs"  # where the run's folder is made; null: nothing is written
     RESUME: str | None = None  # a run's folder, or latest; its configuration is the folder's
     LOG_INTERVAL: int | None = None  # in updates, a logged row is their mean; null: a 1,000th of the run
-    CHECKPOINT_INTERVAL: int | None = None  # in updates, metrics.csv is written along; null: a 20th of the run
+    CHECKPOINT_INTERVAL: int | None = None  # in updates, null: a 20th of the run; every ten minutes, too
     WANDB_MODE: str = "disabled"  # online, offline or disabled
     ENTITY: str | None = None  # wandb's
     PROJECT: str = "pqn"  # wandb's
@@ -917,7 +939,9 @@ def learning_curve(metrics, title):
 
     figure, num_seeds = Figure(figsize=(7, 4.5), layout="constrained"), len(metrics["env_step"])
     axes, resamples = figure.subplots(), np.random.default_rng(0).integers(num_seeds, size=(200, num_seeds))
-    for key, label in (("returned_episode_returns", "training"), ("test/returned_episode_returns", "evaluation")):
+    won = "returned_won_episode" in metrics  # what a battle is about
+    name, shown = ("returned_won_episode", "battles won") if won else ("returned_episode_returns", "episode return")
+    for key, label in ((name, "training"), (f"test/{name}", "evaluation")):
         known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).all(0))
         points = np.array_split(known, max(1, min(len(known), 200)))  # at most 200, each of adjacent rows
         steps = [metrics["env_step"][0, point].mean() for point in points if len(known)]
@@ -925,7 +949,7 @@ def learning_curve(metrics, title):
         (line,) = axes.plot(steps, trim_mean(values, 0.25, axis=1), label=label, marker=".")
         band = np.percentile(trim_mean(values[:, resamples], 0.25, axis=2), (2.5, 97.5), axis=1)
         axes.fill_between(steps, *band, color=line.get_color(), alpha=0.25, linewidth=0)
-    ylabel = "episode return" + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
+    ylabel = shown + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
     axes.set(title=title, xlabel="environment steps", ylabel=ylabel)
     axes.legend(), axes.grid(alpha=0.3)
     figure.savefig(png := io.BytesIO(), format="png", dpi=120)
@@ -995,14 +1019,15 @@ def run(config: Config | None = None, **settings):
 
     done, steps = int(state.update_steps[0]), counters(config, 1)["env_step"] * num_seeds  # of one update
     finite, start = np.full(num_seeds, True), time.time() - (rows[-1]["time"][0] if rows else 0)
+    saved = time.time()
     progress = {"total": num_updates * steps, "initial": done * steps, "unit": "step", "unit_scale": True}
     with tqdm(desc=config.TASK, **progress) as bar, catch_signals() as interrupted:
         while done < num_updates and not interrupted:
             chunk, before = min(log_interval, num_updates - done), time.time()
             out = train(state=state, num_updates=chunk, length=log_interval)
             state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
-            due = (done + chunk) // checkpoint_interval > done // checkpoint_interval
-            done, now = done + chunk, time.time()
+            due, now = (done + chunk) // checkpoint_interval > done // checkpoint_interval, time.time()
+            done, due = done + chunk, due or now - saved > CHECKPOINT_SECONDS
             row = {"update_steps": done}
             row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
             row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
@@ -1020,6 +1045,7 @@ def run(config: Config | None = None, **settings):
                 if not (folder / "config.yaml").exists():  # the disk was full
                     attempt("writing config.yaml", write_settings, folder, config, settings)
                 attempt("saving", save, folder, checkpoints, state, rows)
+                saved = time.time()
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 

@@ -27,8 +27,14 @@ TASKS = {  # task: (script, recipe, overrides)
     "Craftax-Classic-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_classic_rnn", []),
     "Craftax-Symbolic-v1": ("pqn_craftax_rnn", "pqn_craftax_rnn", []),
     "MPE_simple_spread_v3": ("pqn_vdn_jaxmarl", "pqn_vdn_mpe", []),
-    "overcooked_cramped_room": ("pqn_vdn_jaxmarl", "pqn_vdn_overcooked", ["alg.ENV_KWARGS.layout=cramped_room"]),
-    "HeuristicEnemySMAX_2s3z": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", ["alg.MAP_NAME=2s3z"]),
+    **{
+        f"overcooked_{layout}": ("pqn_vdn_jaxmarl", "pqn_vdn_overcooked", [f"alg.ENV_KWARGS.layout={layout}"])
+        for layout in ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
+    },
+    **{
+        f"HeuristicEnemySMAX_{name}": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", [f"alg.MAP_NAME={name}"])
+        for name in ("2s3z", "3s5z", "5m_vs_6m")
+    },
     "hanabi": ("pqn_vdn_jaxmarl", "pqn_vdn_hanabi", []),
 }
 

@@ -33,6 +33,7 @@ RECIPES = {  # recipe: (script, updates in one timing on a CPU)
     "pqn_craftax_classic_rnn": ("pqn_craftax_rnn", 2),
     "pqn_craftax_rnn": ("pqn_craftax_rnn", 1),  # in full it is for a GPU: left out unless asked for
     "pqn_vdn_mpe": ("pqn_vdn_jaxmarl", 4),
+    "pqn_vdn_hanabi": ("pqn_vdn_jaxmarl", 20),
     "pqn_vdn_overcooked": ("pqn_vdn_jaxmarl", 4),
     "pqn_vdn_smax": ("pqn_vdn_jaxmarl", 1),
 }

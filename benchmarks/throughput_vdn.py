@@ -5,8 +5,8 @@
     python benchmarks/throughput_vdn.py pqn_vdn_smax --policies          # what the random and the untrained policy score
 
 A recipe of configs/alg as published but for evaluations, which are off; `alg.KEY=value` changes it. Each figure is the median over the
-turns; compilation is left out. The floor: the products of one step (forward for the rollout, three times that for each pass
-of training) at the rate of a 2048^3 matrix product on this machine.
+turns; compilation is left out. The floor: the matrix products of an update, counted in its jaxpr, at the rate of a 2048^3 product on
+this machine.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from speed import update_flops  # noqa: E402
 from throughput import matrix_rate  # noqa: E402
 
 import pqn_vdn_jaxmarl as pqn  # noqa: E402
@@ -37,20 +37,6 @@ def seconds(function, state, turns):
         state = jax.block_until_ready(function(state))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def flops_of_a_step(config):
-    """Floating-point operations in the products of one step of one environment, all agents."""
-    env, network = pqn.make_env(config), pqn.make_network(config)
-    obs = jax.eval_shape(env.reset, jax.random.key(0))[0]
-    hidden = jnp.zeros((1, len(env.agents), config.HIDDEN_SIZE))
-    params = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1, *obs.shape)), hidden)["params"]
-    positions = np.prod(obs.shape[1:3]) if config.NETWORK == "cnn" else 1
-    kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if "kernel" in path[-1].key]
-    forward = len(env.agents) * sum(2 * x.size * (positions if x.ndim == 4 else 1) for x in kernels)
-    recurrent = config.NETWORK == "rnn"  # the window and the last state, too
-    passes = config.NUM_EPOCHS * (1 + recurrent * (config.MEMORY_WINDOW + 1) / config.NUM_STEPS)
-    return forward * (1 + 3 * passes)
 
 
 def random_play(config):
@@ -102,11 +88,9 @@ def main():
     state = jax.block_until_ready(updates(jax.random.split(jax.random.key(0), 1))["runner_state"])
     print(f"{config.TASK}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"  first call, compilation included: {time.perf_counter() - start:.1f} s", flush=True)
-    floor = flops_of_a_step(config) * steps / (1e9 * matrix_rate())
-    print(
-        f"  arithmetic floor: {steps / floor:,.0f} steps/s ({flops_of_a_step(config) / 1e6:,.0f} MFLOP a step)",
-        flush=True,
-    )
+    flops = update_flops("pqn_vdn_jaxmarl", pqn, config, train, jax.random.key(0))
+    floor = flops / (1e9 * matrix_rate())
+    print(f"  arithmetic floor: {steps / floor:,.0f} steps/s ({flops / steps / 1e6:,.0f} MFLOP a step)", flush=True)
     one = jax.tree.map(lambda x: x[0], state)
     playing = seconds(play, play((one.key, (one.env_state, one.obs))), args.turns)
     print(f"  environment alone, random actions: {steps / playing:,.0f} steps/s", flush=True)

@@ -200,6 +200,13 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path
     assert equal_trees(again["runner_state"], out["runner_state"]) and "failed" not in capsys.readouterr().err
 
 
+def test_checkpoints_follow_the_clock_too(script, tmp_path, monkeypatch):
+    """However long an interval takes, what is lost is bounded: here every logged interval is late."""
+    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
+    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=100)
+    assert {path.name for path in (out["folder"] / "checkpoints").iterdir() if path.name.isdigit()} == {"11", "12"}
+
+
 def test_a_logged_row_has_means_and_the_last_evaluation(script):
     metrics = {"td_loss": np.float32([[1, 3, np.nan]]), "update_steps": np.array([[1, 2, 3]])}
     tests = {

@@ -1,5 +1,7 @@
 """The VDN script: targets and hidden states against oracles, availability, episode ends, probes that need a team."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -232,6 +234,53 @@ def test_network(network, norm):
     assert ("batch_stats" in variables) == (norm == "batch_norm") == ("batch_stats" in updated)
 
 
+REAL = {
+    "smax": {"ENV_NAME": "HeuristicEnemySMAX", "MAP_NAME": "3m", "ENV_KWARGS": {"max_steps": 6}, **RNN},
+    "overcooked": {
+        "ENV_NAME": "overcooked",
+        "ENV_KWARGS": {"max_steps": 6},
+        "NETWORK": "cnn",
+        "REW_SHAPING_HORIZON": 1e3,
+    },
+    "hanabi": {"ENV_NAME": "hanabi", "DUELING": True},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_environments(name):
+    """Available actions only; after an episode's end the environment's own first observation; seeds vmapped as on a GPU."""
+    config, train, state = parts(NUM_STEPS=16, TOTAL_TIMESTEPS=1e4, NUM_MINIBATCHES=1, NUM_EPOCHS=1, **REAL[name])
+    env = pqn.make_env(config)
+    after, trajectory, (done, returns, lengths, _) = jax.jit(train.rollout)(state)
+    chosen = np.take_along_axis(np.asarray(trajectory.available), np.asarray(trajectory.action)[..., None], -1)
+    assert chosen.all() and np.isfinite(np.asarray(trajectory.value)).all()
+    assert name == "overcooked" or not trajectory.available.all()
+    if name != "hanabi":
+        assert done.any() and (lengths[done] <= 7).all()
+    get_obs = getattr(env.env, "get_obs", None)
+    if name == "overcooked":
+        own = jax.vmap(lambda state: env.stack(get_obs(state)))(after.env_state)
+        np.testing.assert_array_equal(after.obs, own)
+    ended = np.argwhere(done[:-1])
+    for t, n in ended:  # a first observation is of all agents alive
+        assert np.abs(np.asarray(trajectory.obs[t + 1, n])).reshape(len(env.agents), -1).max(1).min() > 0
+    states = jax.jit(jax.vmap(train.init))(jax.random.split(jax.random.key(0), 2))
+    together, alone = jax.jit(jax.vmap(train.update))(states), jax.jit(partial(jax.lax.map, train.update))(states)
+    for key in ("td_loss", "qvals", "grad_norm"):
+        np.testing.assert_allclose(together[1][key], alone[1][key], rtol=1e-3, atol=1e-5)
+        assert np.isfinite(together[1][key]).all()
+
+
+def test_an_empty_window_leaves_no_trace_in_the_statistics():
+    """Before the first rollout the window holds observations of the environment's own: what is always 0 has mean 0."""
+    config, train, state = parts(**RNN | {"NORM_INPUT": True, "NORM_TYPE": "batch_norm"})
+    _, trajectory, _ = jax.jit(train.rollout)(state)
+    always_0 = (np.asarray(trajectory.obs) == 0).all((0, 1, 2))
+    after, _ = jax.jit(train.update)(state)
+    assert always_0.any()
+    np.testing.assert_array_equal(after.batch_stats["BatchNorm_0"]["mean"][always_0], 0)
+
+
 def solve(**changes):
     """The Q-network after training on Door and its greedy return."""
     changes = {"NUM_ENVS": 32, "NUM_STEPS": 6, "TOTAL_TIMESTEPS": 32 * 6 * 400, "LR": 3e-3, "HIDDEN_SIZE": 32} | changes
@@ -258,6 +307,7 @@ def test_a_task_that_needs_both_agents_is_solved_as_a_team_and_not_by_each_alone
 def test_memory_is_needed_and_used():
     """The cue is shown in the first step only: without memory agent 1 can but guess, (3 - 1) / 2 - 1 = 0."""
     assert (solve(ENV_KWARGS={"forget": True}, **RNN) == 2).all()
+    assert solve(ENV_KWARGS={"forget": True}).max() < 2
 
 
 def test_chunks_and_resumed_runs_with_memory(tmp_path):
@@ -288,6 +338,17 @@ def test_chunks_and_resumed_runs_with_memory(tmp_path):
         ({"ENV_NAME": "overcooked", "ENV_KWARGS": {"layout": "bar"}}, "layout.*'bar'.* cramped_room"),
         ({"ENV_NAME": "MPE_simple_spread_v3", "ENV_KWARGS": {"speed": 1}}, "unknown speed; it takes .*num_agents"),
         ({"ENV_NAME": "HeuristicEnemySMAX", "ENV_KWARGS": {"speed": 1}}, "speed"),
+        (
+            {"ENV_NAME": "HeuristicEnemySMAX", "ENV_KWARGS": {"enemy_shoots": "no"}},
+            "ENV_KWARGS={'enemy_shoots': 'no'} cannot",
+        ),
+        ({"ENV_NAME": "HeuristicEnemySMAX", "ENV_KWARGS": {"attack_mode": "foo"}}, "attack_mode closest or random"),
+        ({"ENV_NAME": "overcooked", "ENV_KWARGS": {"max_steps": -5}}, "with max_steps of at least 1"),
+        ({"ENV_NAME": "MPE_simple_spread_v3", "ENV_KWARGS": {"kwargs": 1}}, "unknown kwargs; it takes .*damping"),
+        (
+            {"ENV_NAME": "MPE_simple_spread_v3", "MAP_NAME": "3m"},
+            "MAP_NAME='3m' .* null: MPE_simple_spread_v3 has no maps",
+        ),
         ({"NETWORK": "transformer"}, "NETWORK='transformer' .* rnn, cnn or mlp"),
         ({"NETWORK": "cnn"}, "NETWORK='cnn' .* no images"),
         ({"MEMORY_WINDOW": 2}, "MEMORY_WINDOW=2 .* at most 0"),
