@@ -248,7 +248,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_environments(name):
-    """Available actions only; after an episode's end the environment's own first observation; seeds vmapped as on a GPU."""
+    """Available actions only; after an episode's end the environment's own first observation; an update is finite."""
     config, train, state = parts(NUM_STEPS=16, TOTAL_TIMESTEPS=1e4, NUM_MINIBATCHES=1, NUM_EPOCHS=1, **REAL[name])
     env = pqn.make_env(config)
     after, trajectory, (done, returns, lengths, _) = jax.jit(train.rollout)(state)
@@ -264,11 +264,17 @@ def test_real_environments(name):
     ended = np.argwhere(done[:-1])
     for t, n in ended:  # a first observation is of all agents alive
         assert np.abs(np.asarray(trajectory.obs[t + 1, n])).reshape(len(env.agents), -1).max(1).min() > 0
+    _, metrics = jax.jit(train.update)(state)
+    assert all(np.isfinite(metrics[key]) for key in ("td_loss", "qvals", "grad_norm"))
+
+
+@pytest.mark.parametrize("changes", [{}, RNN])
+def test_seeds_vmapped_as_on_a_gpu_are_those_in_turn(changes):
+    _, train, _ = parts(**changes)
     states = jax.jit(jax.vmap(train.init))(jax.random.split(jax.random.key(0), 2))
-    together, alone = jax.jit(jax.vmap(train.update))(states), jax.jit(partial(jax.lax.map, train.update))(states)
+    together, in_turn = (jax.jit(f)(states)[1] for f in (jax.vmap(train.update), partial(jax.lax.map, train.update)))
     for key in ("td_loss", "qvals", "grad_norm"):
-        np.testing.assert_allclose(together[1][key], alone[1][key], rtol=1e-3, atol=1e-5)
-        assert np.isfinite(together[1][key]).all()
+        np.testing.assert_allclose(together[key], in_turn[key], rtol=1e-3, atol=1e-5)
 
 
 def test_an_empty_window_leaves_no_trace_in_the_statistics():
