@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 with suppress(RuntimeError):  # JAX has started already: in a notebook, say
     if jax.config.jax_num_cpu_devices < 1:  # each CPU core a device, so that seeds train side by side
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", cores)
 with redirect_stdout(io.StringIO()), redirect_stderr(sys.stderr):  # importing JaxMARL prints, and changes both
     import jaxmarl  # it starts JAX
 from jaxmarl.environments.overcooked import overcooked_layouts  # noqa: E402
@@ -752,6 +753,8 @@ class Settings:
     COMPILATION_CACHE: str | None = "~/.cache/pqn"  # folder of JAX's persistent cache, if it has none; null: no cache
 
     def __post_init__(self):
+        self.SAVE_PATH, self.RESUME = (path and str(path) for path in (self.SAVE_PATH, self.RESUME))
+        check(self, "SEED", not isinstance(self.SEED, int) or self.SEED < 2**63, "below 2**63")
         for key, low in {"SEED": 0, "NUM_SEEDS": 1, "LOG_INTERVAL": 1, "CHECKPOINT_INTERVAL": 1}.items():
             value = getattr(self, key)
             valid = isinstance(value, int) and value >= low or value is None and key.endswith("INTERVAL")
@@ -786,6 +789,8 @@ def read_settings(folder):
 
     try:
         saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
+        if saved["script"] != SCRIPT:
+            raise UserError(f"{folder} is a run of {saved['script']}, not of {SCRIPT}")
         return saved | {"alg": asdict(Config(**saved["alg"]))}
     except UserError:
         raise
@@ -805,7 +810,7 @@ def write_settings(folder, config, settings):
         about |= {"command": began["command"], "resumed": [*began.get("resumed", []), about["command"]]}
     OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml.new")
     os.replace(folder / "config.yaml.new", folder / "config.yaml")
-    if "__file__" in globals():
+    if "__file__" in globals() and not (folder / f"{SCRIPT}.py").exists():
         shutil.copy(__file__, folder / f"{SCRIPT}.py")
 
 
@@ -830,11 +835,13 @@ def run_folder(config, settings):
 def resumed(folder, config, given):
     """The Config and Settings of the run in `folder`. Raises UserError where those given contradict it."""
     saved = read_settings(folder)
+    if (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
+        raise UserError(f"RESUME={folder}: its checkpoints are gone")
     pairs = {key: (given[key], saved[key]) for key in ("SEED", "NUM_SEEDS") if key in given}
     pairs |= {key: (value, saved["alg"][key]) for key, value in (asdict(config) if config else {}).items()}
     for key, (value, before) in pairs.items():
-        if value != before and key != "TOTAL_TIMESTEPS":
-            allowed = "only TOTAL_TIMESTEPS may change"
+        if value != before and (key != "TOTAL_TIMESTEPS" or value < before):
+            allowed = "only TOTAL_TIMESTEPS may change, to train for longer"
             raise UserError(f"{key}={value!r} contradicts {folder}, which has {before!r}: {allowed}")
     settings = {f.name: saved[f.name] for f in fields(Settings) if f.name not in ("SAVE_PATH", "RESUME")}
     return config or Config(**saved["alg"]), Settings(**settings | given)
@@ -886,16 +893,21 @@ def restore(folder, checkpoints, state):
         if restored := attempt(f"reading checkpoint {step}", checkpoints.restore, step, args=args):
             for unreadable in steps[:newer]:  # orbax saves nothing that is older than its newest
                 checkpoints.delete(unreadable)
-            read = {"delimiter": ",", "names": True, "dtype": None, "deletechars": "", "replace_space": " "}
-            table = np.atleast_1d(np.genfromtxt(folder / "metrics.csv", **read))
-            table = table[table["update_steps"] <= step].reshape(-1, len(state.key))
-            names = [key for key in table.dtype.names if key != "seed"]
-            values = {key: table[key].astype(np.int64 if table[key].dtype.kind == "i" else np.float32) for key in names}
-            return restored, [{key: x[i] for key, x in values.items()} for i in range(len(table))]
+            return restored, attempt("reading metrics.csv", read_metrics, folder, step, len(state.key)) or []
     if steps:
         raise UserError(f"RESUME={folder}: none of its checkpoints can be read")
     print(f"{folder} has no checkpoint yet: starting over")
     return state, []
+
+
+def read_metrics(folder, step, num_seeds):
+    """The rows of metrics.csv up to an update."""
+    read = {"delimiter": ",", "names": True, "dtype": None, "deletechars": "", "replace_space": " "}
+    table = np.atleast_1d(np.genfromtxt(folder / "metrics.csv", **read))
+    table = table[table["update_steps"] <= step].reshape(-1, num_seeds)
+    values = {key: table[key] for key in table.dtype.names if key != "seed"}
+    values = {key: x.astype(np.int64 if x.dtype.kind == "i" else np.float32) for key, x in values.items()}
+    return [{key: x[i] for key, x in values.items()} for i in range(len(table))]
 
 
 def nanmean(x, axis=None):
@@ -905,10 +917,12 @@ def nanmean(x, axis=None):
 
 
 def logged(metrics):
-    """What is logged of some updates, [num_seeds, updates] -> [num_seeds]: means of what is known, the last evaluation."""
+    """What is logged of some updates, [num_seeds, updates] -> [num_seeds]: means, of episodes where any ended (else NaN),
+    and the last evaluation."""
     tested = np.flatnonzero(np.isfinite(metrics.get("test/unfinished", [[]])).all(0))[-1:]
     tests = {key: x[:, tested] for key, x in metrics.items() if key.startswith("test/")}
-    return {key: nanmean(x, 1) for key, x in (metrics | tests).items() if key != "update_steps"}
+    means = {key: np.mean if key in ("td_loss", "qvals", "grad_norm") else nanmean for key in metrics}
+    return {key: means[key](x, axis=1) for key, x in (metrics | tests).items() if key != "update_steps"}
 
 
 def start_wandb(config, folder, settings):
@@ -917,7 +931,7 @@ def start_wandb(config, folder, settings):
 
     name = f"{folder.parent.name}_{folder.name}" if folder else None
     options = {"project": settings.PROJECT, "entity": settings.ENTITY, "name": name, "id": name, "resume": "allow"}
-    options |= {"dir": folder, "config": asdict(settings) | asdict(config), "tags": [config.ALG_NAME, config.ENV_NAME]}
+    options |= {"dir": folder, "config": asdict(settings) | asdict(config)}
     try:
         return wandb.init(mode=settings.WANDB_MODE, **options)
     except Exception as error:
@@ -1025,6 +1039,8 @@ def run(config: Config | None = None, **settings):
         while done < num_updates and not interrupted:
             chunk, before = min(log_interval, num_updates - done), time.time()
             out = train(state=state, num_updates=chunk, length=log_interval)
+            while not out["metrics"]["td_loss"].is_ready():  # waiting in Python, where signals are heard
+                time.sleep(5e-4)
             state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
             due, now = (done + chunk) // checkpoint_interval > done // checkpoint_interval, time.time()
             done, due = done + chunk, due or now - saved > CHECKPOINT_SECONDS
@@ -1050,7 +1066,8 @@ def run(config: Config | None = None, **settings):
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 
     if not interrupted and np.isnan(rows[-1].get("test/returned_episode_returns", np.nan)).any():
-        rows[-1] |= jax.tree.map(np.asarray, attempt("the final evaluation", train.test, state) or {})
+        final = lambda: jax.tree.map(np.asarray, train.test(state))  # noqa: E731
+        rows[-1] |= attempt("the final evaluation", final) or {}
         if log:
             attempt("logging to wandb", log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
         if folder:
@@ -1079,34 +1096,36 @@ def main():
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    schema = partial(OmegaConf.structured, Config)  # a Config itself is made below, where its errors are caught
-    alg = ("alg", Any, field(default_factory=schema))
+    schema = OmegaConf.structured(Config)  # a Config itself is made below, where its errors are caught
+    named = any(word.lstrip("+").startswith("alg=") for word in sys.argv)
+    default = schema if named else OmegaConf.merge(schema, RECIPE)
+    alg = ("alg", Any, field(default_factory=lambda: default))
     quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
     sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
     output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
     store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
     store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
     store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    path, name = (configs, "config") if configs.is_dir() else (configs.parent, "schema")
+    path, name = (configs, "config") if (configs / "config.yaml").exists() else (configs.parent, "schema")
     if name == "schema":  # this file alone
-        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema(), RECIPE))
+        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema, RECIPE))
 
     @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
     def train_once(cfg):
         settings = OmegaConf.to_container(cfg)
         alg = settings.pop("alg")
-        keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
-        given = {".".join(key.split(".")[:2]) for key in keys}
-        if "alg" not in given:  # no recipe is named: the published one
-            alg |= {key: value for key, value in RECIPE.items() if f"alg.{key}" not in given}
         try:
             if cfg.RESUME:  # what is not overridden is the folder's
+                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
+                given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
                 alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}
             out = run(Config(**alg), **settings)
         except UserError as error:
             sys.exit(f"Error: {error}")
+        except KeyboardInterrupt:  # before training began, or again after it
+            sys.exit(128 + signal.SIGINT)
         if out["interrupted"]:
             sys.exit(128 + out["interrupted"])
         return out["score"]

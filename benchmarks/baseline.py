@@ -3,7 +3,7 @@
 It trains the published recipe the way the existing implementations do (nn.Conv, one permutation a leaf, everything
 stored), in one jit with vmapped seeds and without evaluation or logging. Time it and the project's script in turns on
 the same machine and quote the ratio. purejaxql itself, with its own pinned packages, measured in turns with this
-baseline on 2 cores of another, faster machine without its evaluations: 1.15 times this on MinAtar Breakout (6,200 against 5,400 steps/s), 1.0
+baseline on 2 cores of another machine without its evaluations: 1.15 times this on MinAtar Breakout (6,200 against 5,400 steps/s), 1.0
 times on CartPole with one seed (30,000), 0.57 times with four (37,000 against 64,000, all seeds together).
 """
 

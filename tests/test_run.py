@@ -118,6 +118,20 @@ def test_signals_save_and_exit(name, number, command, tmp_path):
     assert saved <= set(os.listdir(folder))
 
 
+def test_signals_are_heard_within_an_interval(command, tmp_path):
+    """While the device computes: the first is answered at once, the second ends the run."""
+    process = command("pqn_gymnax", *tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 10**6), "LOG_INTERVAL=500000")
+    while "step/s" not in process.err:
+        assert process.running, process.err
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    while "once more to stop at once" not in process.err:
+        assert process.running, process.err
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.code == 128 + signal.SIGINT and "Traceback" not in process.err
+
+
 def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     out = script.run(script.Config(**TINY), NUM_SEEDS=2, SAVE_PATH=str(tmp_path))
     folder = out["folder"]
@@ -150,8 +164,9 @@ def test_running_statistics_are_trained_saved_and_restored(script, tmp_path):
     evaluate = jax.jit(train.evaluate)
     assert equal_trees(evaluate(state, jax.random.key(5)), evaluate(loaded, jax.random.key(5)))
     longer = script.Config(**TINY | changes | {"TOTAL_TIMESTEPS": 2 * TINY["TOTAL_TIMESTEPS"]})
-    resumed = script.run(longer, RESUME=str(out["folder"]), SAVE_PATH=str(tmp_path))
+    resumed = script.run(longer, RESUME=out["folder"], SAVE_PATH=tmp_path)  # paths are as good as text
     assert resumed["metrics"]["update_steps"][0].tolist() == list(range(1, 25))
+    assert script.read_settings(out["folder"])["RESUME"] == str(out["folder"])
 
 
 def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, capsys):
@@ -208,17 +223,20 @@ def test_checkpoints_follow_the_clock_too(script, tmp_path, monkeypatch):
 
 
 def test_a_logged_row_has_means_and_the_last_evaluation(script):
-    metrics = {"td_loss": np.float32([[1, 3, np.nan]]), "update_steps": np.array([[1, 2, 3]])}
+    returns = np.float32([[1, 3, np.nan]])
+    metrics = {"returned_episode_returns": returns, "td_loss": returns[:, :2], "update_steps": np.array([[1, 2, 3]])}
     tests = {
         "test/returned_episode_returns": np.float32([[5, 7, np.nan]]),
         "test/unfinished": np.float32([[0, 1, np.nan]]),
     }
     assert script.logged(metrics | tests) == {
+        "returned_episode_returns": 2,
         "td_loss": 2,
         "test/returned_episode_returns": 7,
         "test/unfinished": 1,
     }
     assert np.isnan(script.logged({key: x[:, 2:] for key, x in tests.items()})["test/unfinished"])
+    assert np.isnan(script.logged({"td_loss": returns})["td_loss"])  # a diverged update is not averaged away
 
 
 def test_signals_are_collected_and_then_as_before(script):
@@ -282,6 +300,12 @@ BAD = {
     "missing folder": (["RESUME=nowhere"], "nowhere"),
     "nothing to resume": (["RESUME=latest"], "RESUME=latest"),
     "unwritable": (["SAVE_PATH=/proc/runs"], "SAVE_PATH=/proc/runs"),
+    "seed": ([f"SEED={2**64}"], f"SEED={2**64}"),
+    "time limit": (["+alg.ENV_KWARGS.max_steps_in_episode=0"], "max_steps_in_episode=0 must be like 1000"),
+    "fraction of a time limit": (
+        ["+alg.ENV_KWARGS.max_steps_in_episode=7.5"],
+        "max_steps_in_episode=7.5 must be like 1000",
+    ),
 }
 
 
@@ -311,6 +335,7 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
         ([f"RESUME={folder}", "SEED=0"], "SEED=0 contradicts"),  # equal to its default, and given all the same
         (["RESUME=latest", "NUM_SEEDS=1"], "NUM_SEEDS=1 contradicts"),
         (["RESUME=nowhere"], "nowhere is not the folder of a run"),
+        (["RESUME=latest", "alg.TOTAL_TIMESTEPS=64"], "TOTAL_TIMESTEPS=64 contradicts"),
     ]
     if name == "pqn_minatar":  # the gymnax script plays MinAtar, too: flattened
         cases.append((["+alg=pqn_cartpole"], "HIDDEN_SIZE"))
@@ -320,6 +345,17 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
     assert command(name, "RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2").code == 0
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert "RESUME" not in saved["command"] and [x.split()[1] for x in saved["resumed"]] == ["RESUME=latest"]
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(f"script: {name}", "script: pqn_other"))
+    process = command(name, f"RESUME={folder}")
+    assert process.code == 1 and f"is a run of pqn_other, not of {name}" in process.err
+    (folder / "config.yaml").write_text(text)
+    rows = (folder / "metrics.csv").read_text()
+    shutil.rmtree(folder / "checkpoints")  # to save space, say
+    process = command(name, f"RESUME={folder}")
+    assert (
+        process.code == 1 and "its checkpoints are gone" in process.err and rows == (folder / "metrics.csv").read_text()
+    )
     (folder / "config.yaml").write_text("alg: [")
     process = command(name, f"RESUME={folder}")
     assert process.code == 1 and "config.yaml cannot be read" in process.err
@@ -353,6 +389,14 @@ def test_recipes_load_and_defaults_are_the_first(name, script):
         for recipe in recipes
     ]
     assert configs[0] == script.Config(**script.RECIPE)
+
+
+def test_a_run_without_a_recipe_has_the_published_one(command):
+    """And a recipe that leaves a switch out has the neutral one."""
+    for arguments, scale in (([], 0.1), (["alg.REW_SCALE=3"], 3.0), (["+alg=pqn_acrobot"], 0.1)):
+        process = command("pqn_gymnax", *arguments, "--cfg", "job")
+        assert process.code in (0, None) and yaml.safe_load(process.out)["alg"]["REW_SCALE"] == scale
+    assert importlib.import_module("pqn_gymnax").Config().REW_SCALE == 1
 
 
 def test_root_config_restates_the_settings(script):
