@@ -77,17 +77,17 @@ def label(run, runs):
 
 
 def grouped(runs):
-    """(task, label) -> runs to pool, one of each SEED: those that got as far as the longest, the newest of equals."""
+    """(task, label) -> runs to pool, one of each SEED: those that got as far as the longest, of these the one of most seeds, the newest of equals."""
     groups = {}
     for run in runs:
         groups.setdefault((run["task"], label(run, runs)), []).append(run)
     for key, group in groups.items():
         longest, pooled = max(run["table"]["env_step"].max() for run in group), {}
-        for run in reversed(group):
+        for run in sorted(reversed(group), key=lambda run: -run["table"]["seed"].nunique()):
             if (steps := run["table"]["env_step"].max()) < longest:
                 leave_out(run["folder"], f"it got to step {steps:,}, others of {' '.join(key)} to {longest:,}")
             elif pooled.setdefault(run["seed"], run) is not run:
-                leave_out(run["folder"], "there is a newer run with the same SEED and settings")
+                leave_out(run["folder"], "another run has the same SEED and settings, and as many seeds or more")
         groups[key] = list(pooled.values())[::-1]
     return groups
 

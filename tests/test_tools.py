@@ -95,6 +95,7 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
     fake_run(tmp_path / "runs/a/2", 1, (3, 100))
     fake_run(tmp_path / "runs/b/1", 0, (7, 7), lr=1e-4)
     fake_run(tmp_path / "runs/b/0", 0, (8, 8), lr=1e-4)  # the same again, older
+    fake_run(tmp_path / "runs/b/2", 0, (9,), lr=1e-4)  # newer, but a quick look of one seed
     for name in ("killed", "started", "half"):
         fake_run(tmp_path / f"runs/{name}/1", 2, (1, 2))
     for name, keep in (("killed", 11), ("half", 0)):
@@ -106,12 +107,13 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
     plot.main()
     out, err = capsys.readouterr()
     left_out = {
-        "b/0": "a newer run",
+        "b/0": "another run has the same SEED",
+        "b/2": "another run has the same SEED",
         "killed/1": "it got to step 50",
         "half/1": "cannot be read",
         "started/1": "no metrics",
     }
-    assert len(err.splitlines()) == 4 and all(f"{key}: " in err and why in err for key, why in left_out.items()), err
+    assert len(err.splitlines()) == 5 and all(f"{key}: " in err and why in err for key, why in left_out.items()), err
     assert "pqn, LR=0.001" in out and "pqn, LR=0.0001" in out
     with open(tmp_path / "scores.csv") as file:
         scores = {row["algorithm"]: row for row in csv.DictReader(file)}
@@ -136,10 +138,14 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
         "hydra/sweeper=optuna hydra.sweeper.n_trials=2 hydra.sweeper.n_jobs=1 hydra.sweeper.direction=maximize SEED=range(0,9)",
     ],
 )
-def test_launchers_and_sweepers(override, command, tmp_path):
+def test_launchers_and_sweepers(override, command, tmp_path, monkeypatch, capsys):
+    """And plot.py on the two runs that come of it."""
     job = command("pqn_gymnax", "-m", *override.split(), *tiny_arguments(), "SAVE_PATH=sweep")
     assert job.code == 0, job.err
     assert len(list(tmp_path.glob("sweep/*/*/params.safetensors"))) == 2
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "sweep"), f"--out={tmp_path}"])
+    plot.main()
+    assert "CartPole-v1" in capsys.readouterr().out and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_slurm_launcher_is_configured(command):

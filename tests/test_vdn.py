@@ -248,7 +248,8 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_environments(name):
-    """Available actions only; after an episode's end the environment's own first observation; an update is finite."""
+    """Available actions only; after an episode's end the environment's own first observation; an update is finite (of rnn
+    on probes: see below)."""
     config, train, state = parts(NUM_STEPS=16, TOTAL_TIMESTEPS=1e4, NUM_MINIBATCHES=1, NUM_EPOCHS=1, **REAL[name])
     env = pqn.make_env(config)
     after, trajectory, (done, returns, lengths, _) = jax.jit(train.rollout)(state)
@@ -264,8 +265,9 @@ def test_real_environments(name):
     ended = np.argwhere(done[:-1])
     for t, n in ended:  # a first observation is of all agents alive
         assert np.abs(np.asarray(trajectory.obs[t + 1, n])).reshape(len(env.agents), -1).max(1).min() > 0
-    _, metrics = jax.jit(train.update)(state)
-    assert all(np.isfinite(metrics[key]) for key in ("td_loss", "qvals", "grad_norm"))
+    if config.NETWORK != "rnn":  # which compiles for long
+        _, metrics = jax.jit(train.update)(state)
+        assert all(np.isfinite(metrics[key]) for key in ("td_loss", "qvals", "grad_norm"))
 
 
 @pytest.mark.parametrize("changes", [{}, RNN])
