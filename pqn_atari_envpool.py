@@ -938,7 +938,7 @@ def run(config: Config | None = None, **settings):
     if interrupted:
         print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
 
-    if not interrupted and np.isnan(rows[-1].get("test/returned_episode_returns", np.nan)).any():
+    if rows and not interrupted and np.isnan(rows[-1].get("test/returned_episode_returns", np.nan)).any():
         final = lambda: jax.tree.map(np.asarray, train.test(state))  # noqa: E731
         rows[-1] |= attempt("the final evaluation", final) or {}
         if log:
