@@ -2,7 +2,7 @@
 
     python benchmarks/craftax_rnn.py speed                                     # Craftax-Classic, configs/alg/pqn_craftax_classic_rnn.yaml
     python benchmarks/craftax_rnn.py speed --recipe pqn_craftax_rnn NUM_ENVS=64 NUM_STEPS=32    # Craftax-Symbolic, on a CPU
-    python benchmarks/craftax_rnn.py resets NUM_ENVS=256                       # optimistic resets and plain ones, random actions
+    python benchmarks/craftax_rnn.py resets --turns 3 NUM_ENVS=128             # optimistic resets and plain ones, random actions
     python benchmarks/craftax_rnn.py memory --recipe pqn_craftax_rnn NUM_ENVS=64    # bytes per environment step, nothing is run
 
 `speed` prints environment steps a second with random actions, of rollouts and of updates, the split of an update's time, and the
@@ -112,12 +112,13 @@ def learning(parts, forward, config, rate):
 
 
 def resets(config, turns):
-    config.USE_OPTIMISTIC_RESETS, plays = False, {}
+    config.USE_OPTIMISTIC_RESETS, plays = True, {}
+    optimistic = pqn.make_train(config)
+    state = start(config, optimistic)
+    plays["optimistic resets"] = random_play(config, optimistic)
+    config.USE_OPTIMISTIC_RESETS = False
     plain = pqn.make_train(config)
-    state = start(config, plain)
     plays["plain resets"], plays["Craftax's own"] = random_play(config, plain), random_play(config, plain, True)
-    config.USE_OPTIMISTIC_RESETS = True
-    plays["optimistic resets"] = random_play(config, pqn.make_train(config))
     times = {name: [] for name in plays}
     for turn, (name, play) in itertools.product(range(turns + 1), plays.items()):  # in turns; the first compiles
         begin = time.perf_counter()

@@ -69,7 +69,7 @@ class Command:
     def call_main(folder, script, arguments, *files):
         os.chdir(folder)
         for stream, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_WRONLY), stream)
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = [f"{script}.py", *arguments]
         importlib.import_module(script).main()
 

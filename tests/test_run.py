@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, SCRIPTS, TINY, tiny_arguments
+from conftest import FORKS, ROOT, SCRIPTS, TINY, Command, tiny_arguments
 
 QUICK = [name for name in ("pqn_minatar", "pqn_gymnax") if name in SCRIPTS]
 
@@ -50,12 +51,12 @@ def test_one_shot_chunked_and_continued_training_are_the_same(script, tmp_path):
     assert equal_trees(whole["runner_state"], run["runner_state"])
     for key, value in whole["metrics"].items():
         np.testing.assert_array_equal(value, run["metrics"][key], err_msg=key)
-    train = script.make_train(config)
-    first = train(keys, num_updates=5)
-    second = train(state=first["runner_state"], num_updates=7)
-    assert equal_trees(whole["runner_state"], second["runner_state"])
-    joined = np.concatenate([first["metrics"]["qvals"], second["metrics"]["qvals"]], 1)
-    np.testing.assert_array_equal(whole["metrics"]["qvals"], joined)
+    train, state, qvals = script.make_train(config), None, []
+    for updates in (5, 5, 2):  # of equal `length`: one program
+        out = train(None if qvals else keys, state, num_updates=updates, length=5)
+        state, qvals = out["runner_state"], [*qvals, out["metrics"]["qvals"]]
+    assert equal_trees(whole["runner_state"], state)
+    np.testing.assert_array_equal(whole["metrics"]["qvals"], np.concatenate(qvals, 1))
     averaged = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=None, LOG_INTERVAL=5)
     assert equal_trees(whole["runner_state"], averaged["runner_state"]) and averaged["folder"] is None
     np.testing.assert_array_equal(averaged["metrics"]["update_steps"][0], [5, 10, 12])
@@ -84,22 +85,20 @@ def test_evaluations_do_not_disturb_training_and_end_with_the_run(script):
 
 
 def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, command, tmp_path):
-    updates = 200
-    arguments = tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * updates)
-    arguments += ["NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
+    arguments = [*tiny_arguments(), "NUM_SEEDS=2", "LOG_INTERVAL=1", "CHECKPOINT_INTERVAL=1"]
     process = command(name, *arguments, "SAVE_PATH=killed")
-    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]*0/_CHECKPOINT_METADATA")):
+    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]*/_CHECKPOINT_METADATA")):
         assert process.running, process.err
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.code == -signal.SIGKILL
     (folder,) = tmp_path.glob("killed/*/*")
     done = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
-    assert 0 < done < updates
+    assert 0 < done < 12
     assert command(name, "RESUME=latest", "SAVE_PATH=killed").code == 0
     assert command(name, *arguments, "SAVE_PATH=whole").code == 0
     assert read_csv(tmp_path / "killed") == read_csv(tmp_path / "whole")
-    assert read_csv(tmp_path / "whole")["env_step"][-1] == str(4 * 8 * updates)
+    assert read_csv(tmp_path / "whole")["env_step"][-1] == str(TINY["TOTAL_TIMESTEPS"])
     a, b = (next(tmp_path.glob(f"{path}/*/*/params.safetensors")).read_bytes() for path in ("killed", "whole"))
     assert a == b
 
@@ -279,6 +278,7 @@ def test_unreachable_wandb_logs_offline(script, tmp_path, monkeypatch, capsys):
     assert list(out["folder"].glob("wandb/offline-run-*"))
 
 
+BAD_FOR_EACH = ("unknown game", "unknown ENV_KWARGS", "minibatches")
 BAD = {
     "unknown key": (["alg.LEARNING_RATE=1"], "LEARNING_RATE"),
     "wrong type": (["alg.LR=fast"], "LR"),
@@ -309,18 +309,47 @@ BAD = {
 }
 
 
+def call_mains(folder, script, cases):
+    """The command line with each of several arguments, in this process: <folder>/<case>/code, out and err."""
+    for case, arguments in cases.items():
+        (folder / case).mkdir()
+        try:
+            Command.call_main(folder, script, arguments, folder / case / "out", folder / case / "err")
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        (folder / case / "code").write_text(f"{code}")
+        sys.stdout.flush(), sys.stderr.flush()
+
+
+@pytest.fixture(scope="module", params=QUICK)
+def mistakes(request, tmp_path_factory):
+    """Of a script, the folder with what its command line said to each of BAD, all in one process."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    once = request.param != "pqn_minatar"  # the same definitions: tried on one script
+    cases = {case: arguments for case, (arguments, _) in BAD.items() if not once or case in BAD_FOR_EACH}
+    process = FORKS.Process(target=call_mains, args=(folder, request.param, cases))
+    process.start()
+    process.join(300)
+    return folder
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_clear_line(name, command, tmp_path, case):
-    if name != "pqn_minatar" and case not in ("unknown game", "unknown ENV_KWARGS", "minibatches"):
+def test_bad_input_is_one_clear_line(mistakes, case):
+    if not (mistakes / case).exists():
         pytest.skip("the same definitions: tried on one script")
-    arguments, text = BAD[case]
-    process = command(name, *arguments)
-    assert process.code == 1 and "Traceback" not in process.err
-    line = next(line for line in process.err.splitlines() if text in line)
+    code, out, err = ((mistakes / case / name).read_text() for name in ("code", "out", "err"))
+    err += f"{code}\n" * (not code.isdecimal())  # what the interpreter prints at its end
+    text = BAD[case][1]
+    assert code != "0" and "Traceback" not in err, err
+    line = next(line for line in err.splitlines() if text in line)
     if "=" in text and not line.startswith("Error merging"):
         assert line.startswith("Error: ")
-    assert "Compiled" not in process.out
-    assert not (tmp_path / "runs").exists()
+    assert "Compiled" not in out
+    assert not (mistakes / "runs").exists()
 
 
 def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command, tmp_path):
