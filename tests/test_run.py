@@ -87,7 +87,7 @@ def test_evaluations_do_not_disturb_training_and_end_with_the_run(script):
 def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, command, tmp_path):
     arguments = [*tiny_arguments(), "NUM_SEEDS=2", "LOG_INTERVAL=1", "CHECKPOINT_INTERVAL=1"]
     process = command(name, *arguments, "SAVE_PATH=killed")
-    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]*/_CHECKPOINT_METADATA")):
+    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]/_CHECKPOINT_METADATA")):
         assert process.running, process.err
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
