@@ -853,7 +853,8 @@ def catch_signals():
 
     def handler(number, _):
         received.append(number)
-        signal.signal(number, previous[number])
+        ignored = previous[number] == signal.SIG_IGN  # of a script's background jobs
+        signal.signal(number, signal.default_int_handler if ignored else previous[number])
         print("\nStopping after this interval, then saving; once more to stop at once", file=sys.stderr)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
