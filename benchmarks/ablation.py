@@ -32,6 +32,7 @@ def main():
     parser.add_argument("games", nargs="+", metavar="game", help="Breakout, Freeway, ...")
     parser.add_argument("--steps", type=float, default=1e6)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0, help="SEED")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     args = parser.parse_args()
     for game in args.games:
@@ -40,7 +41,7 @@ def main():
             module = throughput.variant("pqn_minatar", replacements)
             config = {"ENV_NAME": f"{game}-MinAtar", "ALG_NAME": name, "TOTAL_TIMESTEPS": args.steps} | changes
             print(f"{game}, {name}")
-            out = module.run(module.Config(**config), NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
+            out = module.run(module.Config(**config), SEED=args.seed, NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
             if out["interrupted"]:
                 sys.exit(f"Stopped: remove {out['folder']}, or go on with --variants")
 
