@@ -143,7 +143,8 @@ def check_numbers(config):
             check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
             setattr(config, key, int(value))
         check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
-        check(config, key, key not in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL") or value > 0, "greater than 0")
+        positive = key in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL", "OBS_DIVISOR")
+        check(config, key, not positive or value > 0, "greater than 0")
         check(config, key, key != "TEST_INTERVAL" or value <= 1, "a fraction of the run, at most 1")
     batch = config.NUM_ENVS * config.NUM_STEPS
     divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"

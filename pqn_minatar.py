@@ -84,6 +84,7 @@ class Config:
     REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
     NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
     NORM_INPUT: bool = False  # batch-normalise observations
+    OBS_DIVISOR: float = 1.0  # divides observations; the authors' code has 255, which tells (docs, Ablation)
     TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL; a run ends with an evaluation either way
     TEST_INTERVAL: float = 0.05  # as a fraction of all updates
     TEST_NUM_ENVS: float = 128  # episodes per evaluation
@@ -136,7 +137,8 @@ def check_numbers(config):
             check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
             setattr(config, key, int(value))
         check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
-        check(config, key, key not in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL") or value > 0, "greater than 0")
+        positive = key in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL", "OBS_DIVISOR")
+        check(config, key, not positive or value > 0, "greater than 0")
         check(config, key, key != "TEST_INTERVAL" or value <= 1, "a fraction of the run, at most 1")
     batch = config.NUM_ENVS * config.NUM_STEPS
     divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
@@ -248,13 +250,14 @@ class QNetwork(nn.Module):
     num_actions: int
     norm_type: str = "layer_norm"
     norm_input: bool = False
+    obs_divisor: float = 1.0
 
     @nn.compact
     def __call__(self, x, train=False):
         batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
         norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
         batch = x.shape[:-3]
-        x = x.reshape(-1, *x.shape[-3:]).transpose(3, 1, 2, 0).astype(jnp.float32)
+        x = x.reshape(-1, *x.shape[-3:]).transpose(3, 1, 2, 0).astype(jnp.float32) / self.obs_divisor
         x = batch_norm()(x) if self.norm_input else x
         x = nn.relu(norm()(Conv(16)(x)))
         x = x.reshape(-1, x.shape[-1])
@@ -320,7 +323,7 @@ def shuffle_minibatches(key, batch, num_minibatches):
 def make_network(config):
     """The Q-network of a Config."""
     env, _ = make_env(config)
-    return QNetwork(env.num_actions, config.NORM_TYPE, config.NORM_INPUT)
+    return QNetwork(env.num_actions, config.NORM_TYPE, config.NORM_INPUT, config.OBS_DIVISOR)
 
 
 def make_train(config):

@@ -23,7 +23,7 @@ VARIANTS = {  # name: (changes of Config, replacements in the script)
     "time limits terminal": ({}, throughput.TERMINAL),
     # The existing implementations' targets: the backward scan starts one step off, with V(s_T) for V(s_{T-1}).
     "targets off by one": ({}, [(NEXT_VALUE, f"{NEXT_VALUE}.at[-2].set(value[0])")]),
-    "inputs / 255": ({}, [("2, 0).astype(jnp.float32)", "2, 0).astype(jnp.float32) / 255")]),
+    "inputs / 255": ({"OBS_DIVISOR": 255.0}, []),
 }
 
 

@@ -138,6 +138,8 @@ def test_network_takes_any_leading_axes_and_tracks_statistics(norm, norm_input):
     variables = network.init(jax.random.key(1), obs)
     assert network.apply(variables, obs).shape == (2, 5, 3)
     np.testing.assert_allclose(network.apply(variables, obs)[1], network.apply(variables, obs[1]), atol=1e-5)
+    divided = pqn.make_network(pqn.Config(NORM_TYPE=norm, NORM_INPUT=norm_input, OBS_DIVISOR=255))
+    np.testing.assert_allclose(divided.apply(variables, 255 * obs), network.apply(variables, obs), atol=1e-4)
     _, updated = network.apply(variables, obs, train=True, mutable=["batch_stats"])
     assert ("batch_stats" in variables) == (norm == "batch_norm" or norm_input) == ("batch_stats" in updated)
 
