@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["matplotlib>=3.8", "numpy>=2.0", "omegaconf>=2.3", "pandas>=2.2", "scipy>=1.13"]
+# dependencies = ["matplotlib>=3.8", "numpy>=2.0", "omegaconf>=2.3", "pandas>=2.2", "scipy>=1.15"]
 # ///
 """Learning curves and a table of scores, from the run folders of any script. Documentation: docs/tools.md
 
@@ -72,7 +72,7 @@ def label(run, runs):
     """An algorithm's name, and the hyper-parameters in which its runs on this task differ."""
     name, others = run["alg"]["ALG_NAME"], [other["alg"] for other in runs if other["task"] == run["task"]]
     others = [alg for alg in others if alg["ALG_NAME"] == name]
-    varied = [key for key in run["alg"] if len({str(alg.get(key)) for alg in others}) > 1]
+    varied = [key for key in run["alg"] if len({str(alg[key]) for alg in others if key in alg}) > 1]
     return ", ".join([name, *(f"{key}={run['alg'][key]}" for key in varied)])
 
 
@@ -94,7 +94,8 @@ def grouped(runs):
 
 def by_seed(runs, column):
     """A column of the pooled runs: rows are logged updates, columns seeds."""
-    tables = [run["table"].pivot(index="update_steps", columns="seed", values=column) for run in runs]
+    tables = [run["table"].reindex(columns=["update_steps", "seed", column]) for run in runs]
+    tables = [table.pivot(index="update_steps", columns="seed", values=column) for table in tables]
     return pd.concat(tables, axis=1, keys=range(len(tables)))
 
 
@@ -128,22 +129,22 @@ def curve(runs, x, metric, points=100):
     return line[known]
 
 
-def scores(runs):
-    """A group's scores by seed: mean training return over the last tenth of the run, and the last evaluation."""
-    training, steps = by_seed(runs, "returned_episode_returns"), by_seed(runs, "env_step")
-    found = {"training": training[steps.max(axis=1) > 0.9 * steps.max().max()].mean()}
-    if "test/returned_episode_returns" in runs[0]["table"]:
-        found["evaluation"] = by_seed(runs, "test/returned_episode_returns").ffill().iloc[-1]
+def scores(runs, metric="returned_episode_returns"):
+    """A group's scores by seed: the mean in training over the last tenth of the run, and the last evaluation's."""
+    metric, steps = metric.removeprefix("test/"), by_seed(runs, "env_step")
+    found = {"training": by_seed(runs, metric)[steps.max(axis=1) > 0.9 * steps.max().max()].mean()}
+    if any(f"test/{metric}" in run["table"] for run in runs):
+        found["evaluation"] = by_seed(runs, f"test/{metric}").ffill().iloc[-1]
     return {name: values.to_numpy() for name, values in found.items()}
 
 
-def score_table(groups):
+def score_table(groups, metric):
     """A row a group: seeds, steps, mean and 95% interval of each score."""
     rows = []
     for (task, label), runs in groups.items():
         row = {"task": task, "algorithm": label, "seeds": by_seed(runs, "env_step").shape[1]}
         row["steps"] = int(runs[0]["table"]["env_step"].max())
-        for name, values in scores(runs).items():
+        for name, values in scores(runs, metric).items():
             low, high = interval(values, np.mean)
             row |= {name: values.mean(), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
@@ -195,7 +196,7 @@ def main():
     groups = grouped(read_runs(args.paths))
     if not groups:
         sys.exit(f"Error: no run with metrics in {', '.join(args.paths)}")
-    rows, out = score_table(groups), Path(args.out)
+    rows, out = score_table(groups, args.metric), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "scores.csv", index=False, float_format="%.6g")
     print_table(rows)

@@ -153,8 +153,8 @@ def make_env(config):
     check(config, "ENV_NAME", config.ENV_NAME in gymnax.registered_envs, f"one of {', '.join(gymnax.registered_envs)}")
     kwargs = config.ENV_KWARGS
     try:
-        env, params = gymnax.make(config.ENV_NAME)
-        arguments = {name for name in inspect.signature(type(env).__init__).parameters if name != "self"}
+        arguments = set(inspect.signature(gymnax.registration._registry[config.ENV_NAME]).parameters)
+        env, params = gymnax.make(config.ENV_NAME, **{key: kwargs[key] for key in arguments & set(kwargs)})
         settable = {f.name for f in fields(params)}
         if unknown := set(kwargs) - arguments - settable:
             raise TypeError(f"unknown {', '.join(unknown)}; it takes {', '.join(sorted(arguments | settable))}")
@@ -162,7 +162,6 @@ def make_env(config):
             kind = (int, float) if isinstance(getattr(params, key), float) else type(getattr(params, key))
             if not isinstance(kwargs[key], kind) or key == "max_steps_in_episode" and kwargs[key] < 1:
                 raise TypeError(f"{key}={kwargs[key]!r} must be like {getattr(params, key)!r}")
-        env, params = gymnax.make(config.ENV_NAME, **{key: kwargs[key] for key in arguments & set(kwargs)})
         return env, params.replace(**{key: kwargs[key] for key in settable & set(kwargs)})
     except Exception as error:
         raise UserError(f"alg.ENV_NAME={config.ENV_NAME} alg.ENV_KWARGS={kwargs} cannot be made: {error}") from None
@@ -725,7 +724,7 @@ def start_wandb(config, folder, settings):
     """Open the run's wandb log: offline if wandb cannot be reached, the same one again after RESUME."""
     import wandb
 
-    name = f"{folder.parent.name}_{folder.name}" if folder else None
+    name = "_".join(folder.resolve().parts[-2:]) if folder else None
     options = {"project": settings.PROJECT, "entity": settings.ENTITY, "name": name, "id": name, "resume": "allow"}
     options |= {"dir": folder, "config": asdict(settings) | asdict(config)}
     try:
@@ -917,7 +916,8 @@ def main():
                 given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
-                alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}
+                recipe = set(alg) - {"TOTAL_TIMESTEPS"} if "alg" in given else set()  # that is set by name alone
+                alg = {key: alg[key] if key in recipe or f"alg.{key}" in given else saved[key] for key in alg}
             out = run(Config(**alg), **settings)
         except UserError as error:
             sys.exit(f"Error: {error}")

@@ -930,7 +930,7 @@ def start_wandb(config, folder, settings):
     """Open the run's wandb log: offline if wandb cannot be reached, the same one again after RESUME."""
     import wandb
 
-    name = f"{folder.parent.name}_{folder.name}" if folder else None
+    name = "_".join(folder.resolve().parts[-2:]) if folder else None
     options = {"project": settings.PROJECT, "entity": settings.ENTITY, "name": name, "id": name, "resume": "allow"}
     options |= {"dir": folder, "config": asdict(settings) | asdict(config)}
     try:
@@ -1122,7 +1122,8 @@ def main():
                 given = {".".join(key.split(".")[:2]) for key in keys}
                 saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
                 settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
-                alg = {key: alg[key] if {"alg", f"alg.{key}"} & given else saved[key] for key in alg}
+                recipe = set(alg) - {"TOTAL_TIMESTEPS"} if "alg" in given else set()  # that is set by name alone
+                alg = {key: alg[key] if key in recipe or f"alg.{key}" in given else saved[key] for key in alg}
             out = run(Config(**alg), **settings)
         except UserError as error:
             sys.exit(f"Error: {error}")

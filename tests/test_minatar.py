@@ -1,9 +1,11 @@
 """What is MinAtar's alone: games, the published recipe as written elsewhere, and a short learning run."""
 
+import gymnax
 import jax
 import numpy as np
 import pytest
 from conftest import TINY
+from probes import Clock
 
 import pqn_minatar as pqn
 
@@ -21,6 +23,17 @@ def test_env_kwargs_go_where_they_belong():
     kwargs = {"use_minimal_action_set": False, "max_steps_in_episode": 7}
     env, params = pqn.make_env(pqn.Config(ENV_KWARGS=kwargs))
     assert env.num_actions == 6 and params.max_steps_in_episode == 7
+
+
+def test_arguments_are_those_of_what_was_registered():
+    """A function that makes an environment, and cannot without its argument."""
+    gymnax.registration.register("Sized-MinAtar", lambda size: Clock(shape=(size, size, 2)))
+    env, params = pqn.make_env(pqn.Config(ENV_NAME="Sized-MinAtar", ENV_KWARGS={"size": 9, "longest": 7}))
+    assert env.shape == (9, 9, 2) and params.longest == 7
+    with pytest.raises(pqn.UserError, match="unknown shape; it takes longest, max_steps_in_episode, shortest, size"):
+        pqn.Config(ENV_NAME="Sized-MinAtar", ENV_KWARGS={"size": 9, "shape": 9})
+    with pytest.raises(pqn.UserError, match="missing 1 required positional argument: 'size'"):
+        pqn.Config(ENV_NAME="Sized-MinAtar")
 
 
 def test_recipe_written_for_purejaxql_loads():

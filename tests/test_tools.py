@@ -74,10 +74,10 @@ def test_notebook_trains_and_its_agent_can_be_watched(script, tmp_path, monkeypa
         watch.main()
 
 
-def fake_run(folder, seed, returns, lr=1e-3):
+def fake_run(folder, seed, returns, lr=1e-3, **more):
     """A run's folder with two seeds that score `returns` at every step, and one more each at the end."""
     folder.mkdir(parents=True)
-    alg = {"ALG_NAME": "pqn", "ENV_NAME": "CartPole-v1", "LR": lr}
+    alg = {"ALG_NAME": "pqn", "ENV_NAME": "CartPole-v1", "LR": lr} | more
     (folder / "config.yaml").write_text(json.dumps({"SEED": seed, "task": "CartPole-v1", "alg": alg}))
     with open(folder / "metrics.csv", "w", newline="") as file:
         names = ["seed", "env_step", "time", "update_steps"]
@@ -92,7 +92,11 @@ def fake_run(folder, seed, returns, lr=1e-3):
 
 def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     fake_run(tmp_path / "runs/a/1", 0, (1, 2))
-    fake_run(tmp_path / "runs/a/2", 1, (3, 100))
+    fake_run(tmp_path / "runs/a/2", 1, (3, 100), GAMMA=0.99)  # of a newer version: pooled all the same
+    for seed in (0, 1):
+        fake_run(tmp_path / f"runs/d/{seed}", seed, (5,), lr=1e-5)
+    file = tmp_path / "runs/d/1/metrics.csv"  # its evaluation is not there yet
+    file.write_text(file.read_text().replace("test/", "no/"))
     fake_run(tmp_path / "runs/b/1", 0, (7, 7), lr=1e-4)
     fake_run(tmp_path / "runs/b/0", 0, (8, 8), lr=1e-4)  # the same again, older
     fake_run(tmp_path / "runs/b/2", 0, (9,), lr=1e-4)  # newer, but a quick look of one seed
@@ -119,6 +123,7 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
         scores = {row["algorithm"]: row for row in csv.DictReader(file)}
     row = scores["pqn, LR=0.001"]
     assert row["seeds"] == "4" and float(row["evaluation"]) == 106 / 4 and float(row["training"]) == 106 / 4 + 0.5
+    assert scores["pqn, LR=1e-05"]["training"] == "5.5" and scores["pqn, LR=1e-05"]["evaluation"] == ""
     assert 1 <= float(row["evaluation_low"]) < 106 / 4 < float(row["evaluation_high"]) <= 100
     with open(tmp_path / "curves.csv") as file:
         line = [row for row in csv.DictReader(file) if row["algorithm"] == "pqn, LR=0.001"]
