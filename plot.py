@@ -129,7 +129,7 @@ def curve(runs, x, metric, points=100):
     return line[known]
 
 
-def scores(runs, metric="returned_episode_returns"):
+def scores(runs, metric):
     """A group's scores by seed: the mean in training over the last tenth of the run, and the last evaluation's."""
     metric, steps = metric.removeprefix("test/"), by_seed(runs, "env_step")
     found = {"training": by_seed(runs, metric)[steps.max(axis=1) > 0.9 * steps.max().max()].mean()}
@@ -196,14 +196,14 @@ def main():
     groups = grouped(read_runs(args.paths))
     if not groups:
         sys.exit(f"Error: no run with metrics in {', '.join(args.paths)}")
-    rows, out = score_table(groups, args.metric), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(out / "scores.csv", index=False, float_format="%.6g")
-    print_table(rows)
     lines = {key: curve(runs, args.x, args.metric) for key, runs in groups.items()}
     lines = {key: line for key, line in lines.items() if line is not None}
     if not lines:
         sys.exit(f"Error: no run has {args.metric} over {args.x}")
+    rows, out = score_table({key: groups[key] for key in lines}, args.metric), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(out / "scores.csv", index=False, float_format="%.6g")
+    print_table(rows)
     named = [line.assign(task=task, algorithm=label) for (task, label), line in lines.items()]
     pd.concat(named).to_csv(out / "curves.csv", index=False, float_format="%.6g")
     draw(lines, args.x, args.metric).savefig(out / "curves.png", dpi=120)

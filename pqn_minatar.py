@@ -84,7 +84,7 @@ class Config:
     REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
     NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
     NORM_INPUT: bool = False  # batch-normalise observations
-    OBS_DIVISOR: float = 1.0  # divides observations; the authors' code has 255, which tells (docs, Ablation)
+    OBS_DIVISOR: float = 1.0  # observations are divided by it; the authors' code has 255: see docs, Ablation
     TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL; a run ends with an evaluation either way
     TEST_INTERVAL: float = 0.05  # as a fraction of all updates
     TEST_NUM_ENVS: float = 128  # episodes per evaluation

@@ -36,6 +36,11 @@ def test_arguments_are_those_of_what_was_registered():
         pqn.Config(ENV_NAME="Sized-MinAtar")
 
 
+def test_observations_are_divided_by_a_positive_number():
+    with pytest.raises(pqn.UserError, match="alg.OBS_DIVISOR=0 is not allowed: must be greater than 0"):
+        pqn.Config(OBS_DIVISOR=0)
+
+
 def test_recipe_written_for_purejaxql_loads():
     """The keys of purejaxql's MinAtar recipe."""
     keys = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -278,6 +279,9 @@ def test_unreachable_wandb_logs_offline(script, tmp_path, monkeypatch, capsys):
     assert values["rng1/td_loss"] == pytest.approx(out["metrics"]["td_loss"][1, -1])
     assert not any(np.isnan(x) for _, values in logged for x in values.values())
     assert list(out["folder"].glob("wandb/offline-run-*"))
+    monkeypatch.setattr(wandb, "init", lambda id, **_: id)
+    monkeypatch.chdir(out["folder"])  # RESUME=. is the same run
+    assert script.start_wandb(script.Config(), Path(), script.Settings()) == "_".join(out["folder"].parts[-2:])
 
 
 BAD_FOR_EACH = ("unknown game", "unknown ENV_KWARGS", "minibatches")
@@ -374,9 +378,11 @@ def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command,
     for arguments, text in cases:
         process = command(name, *arguments)
         assert process.code == 1 and text in process.err and "Traceback" not in process.err
-    again = ["RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2"]
-    if name == "pqn_minatar":  # a recipe's TOTAL_TIMESTEPS is no wish to train for longer
-        again += ["+alg=pqn", *(x for x in tiny_arguments() if "TOTAL_TIMESTEPS" not in x)]
+    recipe = tmp_path / "recipes/alg/tiny.yaml"  # its TOTAL_TIMESTEPS is no wish to train for longer
+    recipe.parent.mkdir(parents=True)
+    script = importlib.import_module(name)
+    recipe.write_text(yaml.safe_dump(script.RECIPE | TINY | {"TOTAL_TIMESTEPS": 2 * TINY["TOTAL_TIMESTEPS"]}))
+    again = ["RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2", "+alg=tiny", "--config-dir=recipes"]
     assert command(name, *again).code == 0
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert "RESUME" not in saved["command"] and [x.split()[1] for x in saved["resumed"]] == ["RESUME=latest"]

@@ -130,6 +130,11 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
     assert len(line) == 20 and [float(line[i]["env_step"]) for i in (0, -1)] == [10, 200]
     assert float(line[0]["iqm"]) == 2.5 and float(line[-1]["iqm"]) == 3.5  # the middle two of 1, 2, 3, 100
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    written = (tmp_path / "scores.csv").read_text()
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs"), f"--out={tmp_path}", "--metric=returns"])
+    with pytest.raises(SystemExit, match="no run has returns"):
+        plot.main()
+    assert (tmp_path / "scores.csv").read_text() == written
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="no run with metrics"):
         plot.main()
