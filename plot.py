@@ -51,7 +51,7 @@ def read_run(folder):
         table = pd.read_csv(folder / "metrics.csv")
         if table.empty or not {"seed", "env_step", "update_steps"} <= set(table):
             raise ValueError("metrics.csv has no metrics")
-        task = saved.get("task", alg["ENV_NAME"])  # the environment, with map or layout
+        task = saved.get("about", saved).get("task", alg["ENV_NAME"])  # the environment, with map or layout
         return {"folder": folder, "task": task, "alg": alg, "seed": saved["SEED"], "table": table}
     except FileNotFoundError as error:
         return leave_out(folder, f"no {Path(error.filename).name} yet")

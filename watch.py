@@ -16,6 +16,7 @@ The agent plays with the script that trained it, of which the folder has a copy 
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -36,7 +37,8 @@ PALETTE = np.array(  # of MinAtar's channels, on black (Paul Tol's bright and vi
 def load_script(folder):
     """The module of a run's script: the copy in its folder or, of a run made in a notebook, the one beside this file."""
     try:
-        name = OmegaConf.load(folder / "config.yaml").script
+        saved = OmegaConf.load(folder / "config.yaml")
+        name = saved.get("about", saved).script
         path = next(path for path in (folder / f"{name}.py", Path(__file__).with_name(f"{name}.py")) if path.exists())
     except Exception:
         sys.exit(f"Error: {folder} is not the folder of a run: its config.yaml or its script cannot be read")
@@ -220,12 +222,23 @@ def draw_team(pqn, config, steps):
 
 
 GAMES = {
-    "pqn_minatar": (gymnax_game, draw_minatar, 10),  # frames per second
-    "pqn_gymnax": (gymnax_game, draw_gymnax, 25),
-    "pqn_craftax_rnn": (craftax_game, draw_craftax, 8),
-    "pqn_vdn_jaxmarl": (team_game, draw_team, 8),
-    "pqn_atari_envpool": (None, None, 15),
+    "minatar": (gymnax_game, draw_minatar, 10),  # frames per second
+    "gymnax": (gymnax_game, draw_gymnax, 25),
+    "craftax": (craftax_game, draw_craftax, 8),
+    "team": (team_game, draw_team, 8),
+    "atari": (None, None, 15),
 }
+
+
+def kind_of(config):
+    """The key in GAMES of what a run's Config plays, whatever its script is called."""
+    if config.ENV_NAME.startswith("Craftax"):
+        return "craftax"
+    if hasattr(config, "TEST_ENVS"):  # emulators
+        return "atari"
+    if hasattr(config, "NETWORK"):
+        return "team"
+    return "minatar" if config.ENV_NAME.endswith("-MinAtar") else "gymnax"
 
 
 def main():
@@ -234,6 +247,9 @@ def main():
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed-index", type=int, default=0, help="which of the run's NUM_SEEDS agents")
     parser.add_argument("--epsilon", type=float, default=0.0, help="probability of a random action")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="imported first: it registers your environment"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")
     parser.add_argument(
         "--out", type=Path, default=Path("watch.gif"), help="a .gif; .mp4 with imageio-ffmpeg installed"
@@ -247,14 +263,18 @@ def main():
     import jax
 
     try:
+        if args.module:
+            sys.path.insert(0, os.getcwd())
+            importlib.import_module(args.module)
         config, network, variables = pqn.load(args.folder)
-    except pqn.UserError as error:
-        sys.exit(f"Error: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        hint = "" if args.module else "; an environment of your own needs --import <the module that registers it>"
+        sys.exit(f"Error: {' '.join(str(error).split())}{hint}")
     num_seeds = len(jax.tree.leaves(variables)[0])
     if not 0 <= args.seed_index < num_seeds:
         sys.exit(f"Error: --seed-index={args.seed_index} is not allowed: the run has seeds 0 to {num_seeds - 1}")
     q_values = partial(network.apply, jax.tree.map(lambda x: x[args.seed_index], variables))
-    make_game, draw, rate = GAMES[pqn.SCRIPT]
+    make_game, draw, rate = GAMES[kind_of(config)]
     if make_game:
         reset, step = make_game(pqn, config, q_values, args.epsilon)
         game = jax.jit(reset), jax.jit(step)

@@ -8,23 +8,34 @@ Schedules run over --steps. Where no option changes the thing, the script's text
 
 import argparse
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import throughput  # noqa: E402
-
-NEXT_VALUE = "next_value = jnp.concatenate([trajectory.value[1:], value[:1]])"
-VARIANTS = {  # name: (changes of Config, replacements in the script)
-    "PQN": ({}, []),
-    "no LayerNorm": ({"NORM_TYPE": "none"}, []),
-    "LAMBDA=0": ({"LAMBDA": 0.0}, []),
-    "LAMBDA=0.95": ({"LAMBDA": 0.95}, []),
-    "time limits terminal": ({}, throughput.TERMINAL),
+TERMINAL = ("reward, done, terminated, q_values.max(-1)", "reward, done, done, q_values.max(-1)")
+NEXT_VALUE = "next_value = jnp.where(cut, trajectory.value, next_value)"
+VARIANTS = {  # name: (changes of Config, a replacement in the script)
+    "PQN": ({}, None),
+    "no LayerNorm": ({"NORM_TYPE": "none"}, None),
+    "LAMBDA=0": ({"LAMBDA": 0.0}, None),
+    "LAMBDA=0.95": ({"LAMBDA": 0.95}, None),
+    "time limits terminal": ({}, TERMINAL),
     # The existing implementations' targets: the backward scan starts one step off, with V(s_T) for V(s_{T-1}).
-    "targets off by one": ({}, [(NEXT_VALUE, f"{NEXT_VALUE}.at[-2].set(value[0])")]),
-    "inputs / 255": ({"OBS_DIVISOR": 255.0}, []),
+    "targets off by one": ({}, (NEXT_VALUE, f"{NEXT_VALUE}.at[-2].set(next_value[-1])")),
+    "inputs / 255": ({"OBS_DIVISOR": 255.0}, None),
 }
+
+
+def variant(replacement):
+    """pqn_minatar as a module, with a replacement (old, new) in its text."""
+    text = (ROOT / "pqn_minatar.py").read_text()
+    if replacement:
+        assert text.count(replacement[0]) == 1, f"pqn_minatar.py has no more: {replacement[0]}"
+        text = text.replace(*replacement)
+    module = types.ModuleType("pqn_minatar")
+    sys.modules["pqn_minatar"] = module
+    exec(compile(text, "pqn_minatar", "exec"), module.__dict__)
+    return module
 
 
 def main():
@@ -37,13 +48,11 @@ def main():
     args = parser.parse_args()
     for game in args.games:
         for name in args.variants:
-            changes, replacements = VARIANTS[name]
-            module = throughput.variant("pqn_minatar", replacements)
+            changes, replacement = VARIANTS[name]
+            module = variant(replacement)
             config = {"ENV_NAME": f"{game}-MinAtar", "ALG_NAME": name, "TOTAL_TIMESTEPS": args.steps} | changes
             print(f"{game}, {name}")
-            out = module.run(module.Config(**config), SEED=args.seed, NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
-            if out["interrupted"]:
-                sys.exit(f"Stopped: remove {out['folder']}, or go on with --variants")
+            module.run(module.Config(**config), SEED=args.seed, NUM_SEEDS=args.seeds, SAVE_PATH="runs/ablation")
 
 
 if __name__ == "__main__":

@@ -18,15 +18,17 @@ MAIN += ["test/percent_of_maximum", "test/human_normalized_score", "test/unfinis
 
 def main(folder, commit):
     folder, saved = Path(folder), OmegaConf.load(Path(folder) / "config.yaml")
+    saved.update(saved.pop("about", {}))
+    command, *resumed = saved.pop("commands", [saved.get("command"), *saved.pop("resumed", [])])
     (script,) = (path.stem for path in folder.glob("pqn_*.py"))
     sys.path.insert(0, str(ROOT))
     config = __import__(script).Config(**OmegaConf.to_container(saved.alg))
     kept = ROOT / "results" / f"{script}_{config.TASK}_s{saved.SEED}"
     kept.mkdir(parents=True, exist_ok=True)
-    words = saved.command[saved.command.index(script) :].split()
+    words = command[command.index(script) :].split()
     command = " ".join(["python", *(word for word in words if not word.startswith("SAVE_PATH="))])
     about = {"script": script, "task": config.TASK, "commit": commit, "command": command}
-    about |= {"SAVE_PATH": "runs", "RESUME": None, "resumed": len(saved.get("resumed", []))}  # no paths of a machine
+    about |= {"SAVE_PATH": "runs", "RESUME": None, "resumed": len(resumed)}  # no paths of a machine
     OmegaConf.save(OmegaConf.to_container(saved) | about, kept / "config.yaml")
     table = pd.read_csv(folder / "metrics.csv")
     columns = [name for name in table if name in MAIN or "returned_" in name or "test/Achievements" in name]

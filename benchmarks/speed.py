@@ -1,13 +1,14 @@
-"""One command for every script's speed on this machine: results/speed_<device>.csv, and the table of it in Markdown beside it.
+"""Every script's speed on this machine, in turns with the plain PQN of baseline.py or with another commit's script.
 
-    python benchmarks/speed.py                                           # every recipe below, one seed
-    python benchmarks/speed.py --recipes pqn pqn_cartpole --seeds 1 10 --envs 1 4      # growth with NUM_SEEDS and NUM_ENVS
-    python benchmarks/speed.py --recipes pqn_vdn_smax --turns 5 NUM_STEPS=16 alg.MAP_NAME=3m
+    python benchmarks/speed.py                                             # every recipe below, one seed, alone
+    python benchmarks/speed.py --recipes pqn pqn_cartpole --against plain --seeds 1 4
+    python benchmarks/speed.py --recipes pqn_vdn_mpe --against HEAD~1      # that commit's script, of the same contract
+    python benchmarks/speed.py --recipes pqn_vdn_smax alg.NUM_STEPS=16 alg.MAP_NAME=3m
 
-Each row is measured in a process of its own, evaluations off, and replaces the row of the same recipe, sizes and number of seeds. Columns:
-compile_s, the first call less a later one; steps_per_s, of all seeds together, the median over the turns; environment_steps_per_s, of the
-environments of one seed stepped with random actions; share, the arithmetic of the update's matrix products over what a 2048^3 product reaches
-here; peak_gib, the process's memory on a CPU (the compiler's included) or the device's. On a GPU: --updates 100.
+Evaluations are off. A row of results/speed_<device>.csv (and .md) for each recipe, number of seeds and overrides, which replaces the one
+before: compile_s, the program's start and compilation; steps_per_s, of all seeds together, the median over the turns; share, the arithmetic of
+an update's matrix products over what a 2048^3 product reaches here; ratio, the median over the turns of ours to the other's speed; peak_gib, the
+memory of the process (CPU, the compiler's included) or of the device. Several CPU devices: JAX_NUM_CPU_DEVICES=2. On a GPU: --updates 100.
 """
 
 import argparse
@@ -21,23 +22,23 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {  # recipe: (script, updates in one timing on a CPU)
-    "pqn_cartpole": ("pqn_gymnax", 40),
-    "pqn_acrobot": ("pqn_gymnax", 40),
-    "pqn": ("pqn_minatar", 12),
+    "pqn_cartpole": ("pqn_gymnax", 12),
+    "pqn_acrobot": ("pqn_gymnax", 12),
+    "pqn": ("pqn_minatar", 8),
     "pqn_atari": ("pqn_atari_envpool", 1),
-    "pqn_craftax_classic_rnn": ("pqn_craftax_rnn", 2),
+    "pqn_craftax_classic_rnn": ("pqn_craftax_rnn", 1),
     "pqn_craftax_rnn": ("pqn_craftax_rnn", 1),  # in full it is for a GPU: left out unless asked for
     "pqn_vdn_mpe": ("pqn_vdn_jaxmarl", 4),
     "pqn_vdn_hanabi": ("pqn_vdn_jaxmarl", 20),
     "pqn_vdn_overcooked": ("pqn_vdn_jaxmarl", 4),
     "pqn_vdn_smax": ("pqn_vdn_jaxmarl", 1),
 }
-KEY = ["recipe", "NUM_SEEDS", "NUM_ENVS", "NUM_STEPS", "changes"]
+KEY = ["recipe", "NUM_SEEDS", "changes"]
 
 
 def product_flops(jaxpr):
@@ -46,66 +47,25 @@ def product_flops(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += (
-                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-            )
+            terms = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * terms
         values = [x for value in eqn.params.values() for x in (value if isinstance(value, (tuple, list)) else [value])]
         inner = [product_flops(getattr(x, "jaxpr", x)) for x in values if hasattr(x, "jaxpr") or hasattr(x, "eqns")]
         total += eqn.params.get("length", 1) * (max if eqn.primitive.name == "cond" else sum)(inner or [0])
     return total
 
 
-def random_play(script, module, config, train, key):
-    """(function, state): each call steps the environments of one seed NUM_STEPS times with random actions."""
+def matrix_rate():
+    """Floating-point operations per second of a 2048^3 float32 matrix product, the best of five."""
     import jax
 
-    state = jax.jit(train.init)(key)
-    if script == "pqn_craftax_rnn":
-        from craftax_rnn import random_play
-
-        return random_play(config, train), state
-    if script == "pqn_vdn_jaxmarl":
-        from throughput_vdn import random_play
-
-        return random_play(config), (key, (state.env_state, state.obs))
-    if script == "pqn_atari_envpool":
-        from atari_envpool import random_play
-
-        env = module.make_env(config, module.emulator_seeds(key[None], config.NUM_ENVS))
-        env.reset()
-        return random_play(env, config.NUM_ENVS, config.NUM_STEPS), key
-    env, params = module.make_env(config)
-    step = jax.vmap(env.step, (0, 0, 0, None))
-
-    def random_step(carry, key):
-        key_action, key_step = jax.random.split(key)
-        action = jax.random.randint(key_action, (config.NUM_ENVS,), 0, env.num_actions)
-        obs, state, *_ = step(jax.random.split(key_step, config.NUM_ENVS), carry[0], action, params)
-        return (state, obs), None  # observations are carried so that they are computed
-
-    @jax.jit
-    def play(carry):
-        key, key_play = jax.random.split(carry[0])
-        return key, jax.lax.scan(random_step, carry[1], jax.random.split(key_play, config.NUM_STEPS))[0]
-
-    return play, (key, (state.env_state, state.obs))
-
-
-def update_flops(script, module, config, train, key):
-    """Floating-point operations of one update's matrix products."""
-    import jax
-
-    state = jax.eval_shape(train.init, key)
-    if script != "pqn_atari_envpool":
-        return product_flops(jax.make_jaxpr(train.update)(state).jaxpr)
-
-    obs = jax.numpy.zeros((config.NUM_ENVS, *state.obs.shape[1:]), state.obs.dtype)
-
-    def value(params):
-        return module.make_network(config).apply({"params": params}, obs).sum()
-
-    acting, learning = (product_flops(jax.make_jaxpr(f)(state.params).jaxpr) for f in (value, jax.grad(value)))
-    return config.NUM_STEPS * (acting + config.NUM_EPOCHS * learning)
+    a, times = jax.numpy.ones((2048, 2048)), []
+    product = jax.jit(lambda a: a @ a)
+    for _ in range(6):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
 
 
 def hardware():
@@ -117,57 +77,87 @@ def hardware():
     return f"{jax.local_device_count()} x {models[0].splitlines()[0] if models else kind}"
 
 
-def measure(recipe, seeds, envs, updates, turns, changes):
+def of_commit(script, revision):
+    """A script as it was in a commit, as a module."""
+    text = subprocess.run(
+        ["git", "show", f"{revision}:{script}.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    module = types.ModuleType(f"{script}_{revision}")
+    sys.modules[module.__name__] = module
+    exec(compile(text.stdout, module.__name__, "exec"), module.__dict__)
+    return module
+
+
+def stepper(module, config, seeds, updates):
+    """(seconds to start and compile, a function that makes `updates` updates of a script and returns its seconds)."""
+    import jax
+
+    start = time.perf_counter()
+    state, update = module.start_seeds(config, jax.random.split(jax.random.key(0), seeds))
+    compiled, carry = time.perf_counter() - start, [state, 0]
+
+    def step():
+        start = time.perf_counter()
+        for _ in range(updates):
+            carry[:] = update(*carry)[0], carry[1] + 1
+        jax.block_until_ready(carry[0])
+        return time.perf_counter() - start
+
+    return compiled, step
+
+
+def plain_stepper(recipe, seeds, updates):
+    """The same of baseline.py, all updates in one program."""
+    import baseline
+    import jax
+
+    settings = dict({"pqn": baseline.MINATAR, "pqn_cartpole": baseline.CARTPOLE}[recipe])
+    settings["steps"] = updates * settings["envs"] * settings["horizon"]
+    keys, start = jax.random.split(jax.random.key(0), seeds), time.perf_counter()
+    train = jax.jit(jax.vmap(baseline.make_train(settings))).lower(keys).compile()
+    compiled = time.perf_counter() - start
+
+    def step():
+        start = time.perf_counter()
+        jax.block_until_ready(train(keys))
+        return time.perf_counter() - start
+
+    return compiled, step
+
+
+def measure(recipe, seeds, updates, turns, against, changes):
     """One row, in this process."""
     script, _ = RECIPES[recipe]
     module = importlib.import_module(script)
     import jax
     from omegaconf import OmegaConf
-    from throughput import matrix_rate
 
     alg = OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")
     alg = OmegaConf.to_container(OmegaConf.merge(alg, OmegaConf.from_dotlist(changes)))
-    alg["NUM_ENVS"] = int(alg["NUM_ENVS"] * envs)
     config = module.Config(**alg | {"TEST_DURING_TRAINING": False})
-    train, keys = module.make_train(config), jax.random.split(jax.random.key(0), seeds)
-
-    def seconds(function, *args, **kwargs):
-        start = time.perf_counter()
-        out = jax.block_until_ready(function(*args, **kwargs))
-        return time.perf_counter() - start, out
-
-    first, out = seconds(train, keys, num_updates=updates, length=updates)
-    times = []
-    for _ in range(turns):
-        spent, out = seconds(train, state=out["runner_state"], num_updates=updates, length=updates)
-        times.append(spent)
+    compiled, ours = stepper(module, config, seeds, updates)
+    other = None
+    if against == "plain":
+        _, other = plain_stepper(recipe, seeds, updates)
+    elif against:
+        past = of_commit(script, against)
+        _, other = stepper(past, past.Config(**alg | {"TEST_DURING_TRAINING": False}), seeds, updates)
+    ours(), other and other()
+    times = [(ours(), other() if other else math.nan) for _ in range(turns)]
+    seconds, steps = statistics.median(a for a, _ in times), config.NUM_ENVS * config.NUM_STEPS * updates * seeds
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    flops = update_flops(script, module, config, train, keys[0]) * updates * seeds
-    play, carry = random_play(script, module, config, train, keys[0])
-    playing = []
-    for _ in range(turns + 2):  # what it returns may be of other types than what it was given: two compilations
-        spent, carry = seconds(play, carry)
-        playing.append(spent)
-    steps, spent = config.NUM_ENVS * config.NUM_STEPS, statistics.median(times)
+    row = dict(zip(KEY, (recipe, seeds, " ".join(changes)), strict=True)) | {"task": config.TASK}
+    row |= {"compile_s": round(compiled, 1), "steps_per_s": round(steps / seconds), "share": "", "against": against}
+    row["ratio"] = round(statistics.median(b / a for a, b in times), 2) if other else ""
+    if script != "pqn_atari_envpool":  # its emulators are stepped inside
+        init, update, _ = module.make_pqn(config)
+        jaxpr = jax.make_jaxpr(update)(jax.eval_shape(init, jax.random.key(0)), 0).jaxpr
+        row["share"] = round(product_flops(jaxpr) * updates * seeds / seconds / matrix_rate(), 3)
     git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    row = dict(zip(KEY, (recipe, seeds, config.NUM_ENVS, config.NUM_STEPS, " ".join(changes)), strict=True))
-    row |= {"task": config.TASK, "compile_s": round(first - spent, 1)}
-    row["steps_per_s"] = round(steps * updates * seeds / spent)
-    row["environment_steps_per_s"] = round(steps / statistics.median(playing[2:]))
-    row |= {"gflop_per_s": round(flops / spent / 1e9, 1), "share": round(flops / spent / 1e9 / matrix_rate(), 3)}
-    row |= {
-        "peak_gib": round(memory / 2**30, 2),
-        "device": hardware(),
-    }
-    return row | {
-        "jax": jax.__version__,
-        "script": script,
-        "turns": turns,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-    }
+    row |= {"peak_gib": round(memory / 2**30, 2), "device": hardware(), "jax": jax.__version__, "turns": turns}
+    return row | {"date": time.strftime("%Y-%m-%d"), "commit": commit, "script": script}
 
 
 def write(row):
@@ -177,14 +167,12 @@ def write(row):
     device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower())
     path, new = ROOT / f"results/speed_{device}.csv", pd.DataFrame([row])
     table = pd.concat([pd.read_csv(path, keep_default_na=False), new]) if path.exists() else new
-    table = table.drop_duplicates(KEY, keep="last").sort_values(
-        ["script", *KEY], key=lambda x: x.astype(str).str.zfill(9)
-    )
+    table = table.drop_duplicates(KEY, keep="last").sort_values(["script", *KEY])
     table.to_csv(path, index=False)
-    shown = table[[*KEY, "compile_s", "steps_per_s", "environment_steps_per_s", "share", "peak_gib", "commit"]]
+    shown = table[[*KEY, "compile_s", "steps_per_s", "share", "against", "ratio", "peak_gib", "commit"]]
     lines = [shown.columns, ["---"] * shown.shape[1], *shown.itertuples(index=False)]
-    versions = f"{row['device']}, jax {version('jax')}; {row['date']}; columns: see benchmarks/speed.py\n\n"
-    path.with_suffix(".md").write_text(versions + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
+    about = f"{row['device']}, jax {row['jax']}; {row['date']}; columns: see benchmarks/speed.py\n\n"
+    path.with_suffix(".md").write_text(about + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
     print(f"Wrote {path} and {path.with_suffix('.md')}")
 
 
@@ -192,26 +180,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r != "pqn_craftax_rnn"], choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--envs", type=float, nargs="+", default=[1], help="times the recipe's NUM_ENVS")
     parser.add_argument("--updates", type=int, help="in one timing")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--against", default="", help="plain (of pqn and pqn_cartpole), or a commit")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # measure in this process, print JSON
     parser.add_argument("changes", nargs="*", metavar="alg.KEY=value")
     args = parser.parse_intermixed_args()
     changes = [change.removeprefix("alg.") for change in args.changes]
     if args.one:
         sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-        row = measure(args.recipes[0], args.seeds[0], args.envs[0], args.updates, args.turns, changes)
+        row = measure(args.recipes[0], args.seeds[0], args.updates, args.turns, args.against, changes)
         return print(json.dumps(row))
-    for recipe, seeds, envs in itertools.product(args.recipes, args.seeds, args.envs):
-        options = ["--recipes", recipe, "--seeds", seeds, "--envs", envs, "--turns", args.turns]
+    for recipe, seeds in itertools.product(args.recipes, args.seeds):
+        options = ["--recipes", recipe, "--seeds", seeds, "--turns", args.turns, "--against", args.against]
         options += ["--updates", args.updates or RECIPES[recipe][1], "--one", "--", *changes]
         done = subprocess.run([sys.executable, __file__, *map(str, options)], stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            print(f"{recipe}, {seeds} seeds, {envs} times NUM_ENVS: failed", file=sys.stderr)
+            print(f"{recipe}, {seeds} seeds: failed", file=sys.stderr)
             continue
         row = json.loads(done.stdout.splitlines()[-1])
-        print({key: row[key] for key in (*KEY, "compile_s", "steps_per_s", "share")}, flush=True)
+        print({key: row[key] for key in (*KEY, "compile_s", "steps_per_s", "share", "ratio")}, flush=True)
         write(row)
 
 

@@ -2,10 +2,12 @@
 
 import gymnax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
 from probes import Clock
+from pydantic import ValidationError
 
 import pqn_minatar as pqn
 
@@ -15,14 +17,14 @@ GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
 @pytest.mark.parametrize("game", GAMES)
 def test_all_games_train(game):
     config = pqn.Config(**TINY | {"ENV_NAME": f"{game}-MinAtar", "TOTAL_TIMESTEPS": 64, "TEST_DURING_TRAINING": False})
-    out = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))
+    out = jax.jit(pqn.make_train(config))(jax.random.key(0))
     assert np.isfinite(out["metrics"]["td_loss"]).all()
 
 
 def test_env_kwargs_go_where_they_belong():
     kwargs = {"use_minimal_action_set": False, "max_steps_in_episode": 7}
     env, params = pqn.make_env(pqn.Config(ENV_KWARGS=kwargs))
-    assert env.num_actions == 6 and params.max_steps_in_episode == 7
+    assert env.action_space(params).n == 6 and params.max_steps_in_episode == 7
 
 
 def test_arguments_are_those_of_what_was_registered():
@@ -30,15 +32,10 @@ def test_arguments_are_those_of_what_was_registered():
     gymnax.registration.register("Sized-MinAtar", lambda size: Clock(shape=(size, size, 2)))
     env, params = pqn.make_env(pqn.Config(ENV_NAME="Sized-MinAtar", ENV_KWARGS={"size": 9, "longest": 7}))
     assert env.shape == (9, 9, 2) and params.longest == 7
-    with pytest.raises(pqn.UserError, match="unknown shape; it takes longest, max_steps_in_episode, shortest, size"):
+    with pytest.raises(ValidationError, match="unexpected keyword argument 'shape'"):
         pqn.Config(ENV_NAME="Sized-MinAtar", ENV_KWARGS={"size": 9, "shape": 9})
-    with pytest.raises(pqn.UserError, match="missing 1 required positional argument: 'size'"):
+    with pytest.raises(ValidationError, match="missing 1 required positional argument: 'size'"):
         pqn.Config(ENV_NAME="Sized-MinAtar")
-
-
-def test_observations_are_divided_by_a_positive_number():
-    with pytest.raises(pqn.UserError, match="alg.OBS_DIVISOR=0 is not allowed: must be greater than 0"):
-        pqn.Config(OBS_DIVISOR=0)
 
 
 def test_recipe_written_for_purejaxql_loads():
@@ -56,17 +53,17 @@ def test_recipe_written_for_purejaxql_loads():
 
 def test_schedules():
     config = pqn.Config(TOTAL_TIMESTEPS=128 * 32 * 20, TEST_DURING_TRAINING=False, EPS_DECAY=0.5, NUM_MINIBATCHES=1)
-    metrics = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))["metrics"]
-    np.testing.assert_allclose(metrics["epsilon"][0, [0, 5, 10, 19]], [1, 0.525, 0.05, 0.05], rtol=1e-5)
-    np.testing.assert_allclose(metrics["learning_rate"][0, [0, 10, 19]], [5e-4, 2.5e-4, 2.5e-5], rtol=1e-5)
-    at_once = pqn.make_train(pqn.Config(**TINY | {"EPS_DECAY": 0.0, "TEST_DURING_TRAINING": False}))
-    metrics = at_once(jax.random.split(jax.random.key(0), 1), num_updates=3)["metrics"]
-    np.testing.assert_allclose(metrics["epsilon"][0], [1, 0.05, 0.05], rtol=1e-5)
+    metrics = jax.jit(pqn.make_train(config))(jax.random.key(0))["metrics"]
+    np.testing.assert_allclose(metrics["epsilon"][jnp.array([0, 5, 10, 19])], [1, 0.525, 0.05, 0.05], rtol=1e-5)
+    np.testing.assert_allclose(metrics["learning_rate"][jnp.array([0, 10, 19])], [5e-4, 2.5e-4, 2.5e-5], rtol=1e-5)
+    at_once = pqn.Config(**TINY | {"EPS_DECAY": 0.0, "TEST_DURING_TRAINING": False, "TOTAL_TIMESTEPS": 96})
+    metrics = jax.jit(pqn.make_train(at_once))(jax.random.key(0))["metrics"]
+    np.testing.assert_allclose(metrics["epsilon"], [1, 0.05, 0.05], rtol=1e-5)
 
 
 def test_learns_breakout():
     """A random policy's return is 0.5; 3e5 steps with the published recipe bring it above 3 (see docs)."""
     config = pqn.Config(TOTAL_TIMESTEPS=3e5, TEST_INTERVAL=1.0)
-    metrics = pqn.make_train(config)(jax.random.split(jax.random.key(0), 1))["metrics"]
-    assert np.nanmean(metrics["returned_episode_returns"][:, -7:]) > 3
-    assert metrics["test/returned_episode_returns"][0, -1] > 3
+    metrics = jax.jit(pqn.make_train(config))(jax.random.key(0))["metrics"]
+    assert np.nanmean(metrics["returned_episode_returns"][-7:]) > 3
+    assert metrics["test/returned_episode_returns"][-1] > 3

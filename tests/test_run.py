@@ -1,24 +1,28 @@
-"""The harness: one-shot = chunked = resumed, the run folder, failures, the command line, notebooks."""
+"""The harness of the scripts: run = train, resumed = never stopped, the run folder, failures, the command line."""
 
-import csv
-import dataclasses
 import importlib
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
+import gymnax
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
-from conftest import FORKS, ROOT, SCRIPTS, TINY, Command, tiny_arguments
+from conftest import FORKS, ROOT, TINY, Command, tiny_arguments
+from omegaconf import OmegaConf
+from pydantic import ValidationError
 
-QUICK = [name for name in ("pqn_minatar", "pqn_gymnax") if name in SCRIPTS]
+QUICK = ["pqn_gymnax", "pqn_minatar"]
 
 
 @pytest.fixture(params=QUICK)
@@ -37,138 +41,143 @@ def equal_trees(a, b):
 
 
 def read_csv(folder):
-    """metrics.csv as {column: [rows]} of text, without what a clock decides."""
-    with open(next(folder.glob("**/metrics.csv")), newline="") as file:
-        rows = [{k: v for k, v in row.items() if k not in ("time", "sps")} for row in csv.DictReader(file)]
-    return {key: [row[key] for row in rows] for key in rows[0]}
+    """metrics.csv as text, without what a clock decides."""
+    return pd.read_csv(next(Path(folder).glob("**/metrics.csv")), dtype=str).drop(columns=["time", "sps"])
 
 
-def test_one_shot_chunked_and_continued_training_are_the_same(script, tmp_path):
-    config = script.Config(**TINY)
-    keys = jax.random.split(jax.random.key(3), 2)
-    whole = script.make_train(config)(keys)
-    assert whole["metrics"]["td_loss"].shape == (2, 12)
-    run = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=str(tmp_path), LOG_INTERVAL=1)
-    assert equal_trees(whole["runner_state"], run["runner_state"])
-    for key, value in whole["metrics"].items():
-        np.testing.assert_array_equal(value, run["metrics"][key], err_msg=key)
-    train = script.make_train(config)
-    first = train(keys, num_updates=5)
-    second = train(state=first["runner_state"], num_updates=7)
-    assert equal_trees(whole["runner_state"], second["runner_state"])
-    joined = np.concatenate([first["metrics"]["qvals"], second["metrics"]["qvals"]], 1)
-    np.testing.assert_array_equal(whole["metrics"]["qvals"], joined)
-    averaged = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=None, LOG_INTERVAL=5)
-    assert equal_trees(whole["runner_state"], averaged["runner_state"]) and averaged["folder"] is None
-    np.testing.assert_array_equal(averaged["metrics"]["update_steps"][0], [5, 10, 12])
-    np.testing.assert_allclose(
-        averaged["metrics"]["td_loss"][:, 0], whole["metrics"]["td_loss"][:, :5].mean(1), rtol=1e-5
-    )
-
-
-def test_seed_alone_equals_seed_among_others(script):
-    train = script.make_train(script.Config(**TINY))
-    keys = jax.random.split(jax.random.key(0), 3)
-    together = train(keys, num_updates=3)["metrics"]
-    alone = train(keys[1:2], num_updates=3)["metrics"]
-    for key in ("td_loss", "qvals", "grad_norm", "returned_episode_returns"):
-        np.testing.assert_allclose(together[key][1], alone[key][0], rtol=1e-4, atol=1e-5)
-
-
-def test_evaluations_do_not_disturb_training_and_end_with_the_run(script):
-    keys = jax.random.split(jax.random.key(0), 1)
-    with_tests = script.make_train(script.Config(**TINY))(keys)
-    without = script.make_train(script.Config(**TINY | {"TEST_DURING_TRAINING": False}))(keys)
-    assert equal_trees(with_tests["runner_state"], without["runner_state"])
-    evaluated = np.flatnonzero(np.isfinite(with_tests["metrics"]["test/unfinished"][0]))
-    assert evaluated.tolist() == [2, 5, 8, 11]
-    assert "test/unfinished" not in without["metrics"]
-
-
-def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, command, tmp_path):
-    updates = 200
-    arguments = tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * updates)
-    arguments += ["NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
-    process = command(name, *arguments, "SAVE_PATH=killed")
-    while not list(tmp_path.glob("killed/*/*/checkpoints/[1-9]*0/_CHECKPOINT_METADATA")):
+def wait_for(condition, process):
+    while not condition():
         assert process.running, process.err
         time.sleep(0.02)
+
+
+def test_run_is_train_and_logs_means_over_intervals(script, tmp_path):
+    """One seed alone, of a run of two, logged every update; the same logged every five."""
+    config = script.Config(**TINY)
+    keys = jax.random.split(jax.random.key(3), 2)
+    whole = jax.jit(script.make_train(config))(keys[1])
+    out = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=tmp_path, LOG_INTERVAL=1)
+    table = out["metrics"].query("seed == 1")
+    for key, values in whole["metrics"].items():
+        np.testing.assert_allclose(table[key], values, rtol=1e-3, atol=1e-4, err_msg=key)
+    for a, b in zip(*(jax.tree.leaves(x.variables) for x in (whole["runner_state"], out["runner_state"])), strict=True):
+        np.testing.assert_allclose(a, b[1], rtol=1e-2, atol=1e-4)
+    averaged = script.run(config, SEED=3, NUM_SEEDS=2, SAVE_PATH=tmp_path, LOG_INTERVAL=5)
+    assert equal_trees(out["runner_state"], averaged["runner_state"])
+    means = averaged["metrics"].query("seed == 1")
+    assert means.update_steps.tolist() == [5, 10, 12] and means.env_step.tolist() == [160, 320, 384]
+    np.testing.assert_allclose(means.td_loss.iloc[0], table.td_loss.iloc[:5].mean(), rtol=1e-5)
+    tests = table["test/returned_episode_returns"].iloc[[2, 8, 11]]  # of each interval the last one
+    np.testing.assert_allclose(means["test/returned_episode_returns"], tests)
+
+
+@pytest.mark.parametrize("arguments", [["SAVE_PATH=killed"], []])
+def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, arguments, command, tmp_path):
+    if not arguments and name == "pqn_minatar":
+        pytest.skip("the same definitions: tried on one script")
+    run = [*tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 200), "NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
+    process = command(name, *run, *arguments)
+    killed = tmp_path / (arguments or ["SAVE_PATH=runs"])[0].split("=")[1]
+    wait_for(lambda: list(killed.glob("*/*/checkpoints/[1-9]*0/_CHECKPOINT_METADATA")), process)
     process.send_signal(signal.SIGKILL)
-    assert process.code == -signal.SIGKILL
-    (folder,) = tmp_path.glob("killed/*/*")
-    done = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
-    assert 0 < done < updates
-    assert command(name, "RESUME=latest", "SAVE_PATH=killed").code == 0
-    assert command(name, *arguments, "SAVE_PATH=whole").code == 0
-    assert read_csv(tmp_path / "killed") == read_csv(tmp_path / "whole")
-    assert read_csv(tmp_path / "whole")["env_step"][-1] == str(4 * 8 * updates)
-    a, b = (next(tmp_path.glob(f"{path}/*/*/params.safetensors")).read_bytes() for path in ("killed", "whole"))
+    assert process.code == -signal.SIGKILL and "Compiling" in process.out
+    (folder,) = killed.glob("*/*")
+    assert 0 < max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) < 200
+    resumed = command(name, "RESUME=latest", *arguments)
+    assert resumed.code == 0, resumed.err
+    assert command(name, *run, "SAVE_PATH=whole").code == 0
+    pd.testing.assert_frame_equal(read_csv(killed), read_csv(tmp_path / "whole"))
+    assert read_csv(killed).env_step.iloc[-1] == str(4 * 8 * 200)
+    a, b = (next(path.glob("*/*/params.safetensors")).read_bytes() for path in (killed, tmp_path / "whole"))
     assert a == b
+    commands = yaml.safe_load((folder / "config.yaml").read_text())["about"]["commands"]
+    assert len(commands) == 2 and "NUM_SEEDS=2" in commands[0] and "RESUME=latest" in commands[1]
 
 
 @pytest.mark.parametrize("name, number", list(zip(QUICK, (signal.SIGINT, signal.SIGTERM), strict=True)))
-def test_signals_save_and_exit(name, number, command, tmp_path):
-    process = command(name, *tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 100_000), "LOG_INTERVAL=10")
-    while "step/s" not in process.err:
-        assert process.running, process.err
-        time.sleep(0.1)
+def test_signals_save_and_end_the_program(name, number, command, tmp_path):
+    """However long the interval; and the line that is printed can be pasted, whatever is in the path."""
+    save_path = "lr=1e-3 (a) é*?"
+    arguments = [*tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 10**6, TEST_DURING_TRAINING=False), f'SAVE_PATH="{save_path}"']
+    process = command(name, *arguments, "LOG_INTERVAL=500000")
+    wait_for(lambda: "step/s" in process.err, process)
     process.send_signal(number)
     assert process.code == 128 + number and "Traceback" not in process.err, process.err
-    assert "Stopped after" in process.out and "RESUME=" in process.out
-    (folder,) = tmp_path.glob("runs/*/*")
-    saved = {"metrics.csv", "params.safetensors", "learning_curve.png", "config.yaml", "checkpoints"}
-    assert saved <= set(os.listdir(folder))
+    assert "once more to stop at once" in process.err and "Stopped after" in process.out
+    (folder,) = (tmp_path / save_path).glob("*/*")
+    assert {"metrics.csv", "params.safetensors", "config.yaml", "checkpoints", f"{name}.py"} <= set(os.listdir(folder))
+    done = int(read_csv(folder).update_steps.iloc[-1])
+    (again,) = shlex.split(process.out.split("go on with ")[1].splitlines()[0])
+    resumed = command(name, again, "LOG_INTERVAL=1")
+    wait_for(lambda: "return" in resumed.err, resumed)
+    resumed.send_signal(number)
+    assert resumed.code == 128 + number, resumed.err
+    assert int(read_csv(folder).update_steps.iloc[-1]) > done
 
 
-def test_signals_are_heard_within_an_interval(command, tmp_path):
-    """While the device computes: the first is answered at once, the second ends the run."""
-    process = command("pqn_gymnax", *tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 10**6), "LOG_INTERVAL=500000")
-    while "step/s" not in process.err:
-        assert process.running, process.err
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    while "once more to stop at once" not in process.err:
-        assert process.running, process.err
-        time.sleep(0.1)
+def test_ctrl_c_while_compiling_leaves_no_folder(command, tmp_path):
+    process = command("pqn_gymnax", *tiny_arguments(HIDDEN_SIZE=19))  # compiled nowhere else
+    wait_for(lambda: "Compiling" in process.out, process)
     process.send_signal(signal.SIGINT)
     assert process.code == 128 + signal.SIGINT and "Traceback" not in process.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+LOOP = """
+import os, signal, threading, time
+import pqn_gymnax as pqn
+training, average = threading.Event(), pqn.average
+pqn.average = lambda updates: (training.set(), average(updates))[1]
+interrupt = lambda: (training.wait(), time.sleep(0.5), os.kill(os.getpid(), signal.{number}))
+threading.Thread(target=interrupt, daemon=True).start()
+for seed in range(2):
+    pqn.run(pqn.Config(**{tiny}), SEED=seed, SAVE_PATH="loop_runs", LOG_INTERVAL=1)
+    print("run", seed, "ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number, code", [("SIGINT", -signal.SIGINT), ("SIGTERM", 128 + signal.SIGTERM)])
+def test_a_loop_around_run_stops(number, code, tmp_path):
+    loop = LOOP.format(number=number, tiny=TINY | {"TOTAL_TIMESTEPS": 4 * 8 * 10**6, "TEST_DURING_TRAINING": False})
+    process = subprocess.run([sys.executable, "-c", loop], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == code and "ended" not in process.stdout, process.stderr
+    assert len(list(tmp_path.glob("loop_runs/*/*/params.safetensors"))) == 1
 
 
 def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     out = script.run(script.Config(**TINY), NUM_SEEDS=2, SAVE_PATH=str(tmp_path))
     folder = out["folder"]
     assert folder.parent.name == f"{script.SCRIPT}_{script.Config().ENV_NAME}_s0"
-    columns = read_csv(folder)
-    assert columns["seed"] == ["0", "1"] * 12 and columns["env_step"][-1] == str(TINY["TOTAL_TIMESTEPS"])
-    np.testing.assert_array_equal(np.float32(columns["td_loss"][::2]), out["metrics"]["td_loss"][0])
-    assert out["score"] == np.nanmean(out["metrics"]["test/returned_episode_returns"][:, -1])
+    table = read_csv(folder)
+    assert table.seed.tolist() == ["0", "1"] * 12 and table.env_step.iloc[-1] == str(TINY["TOTAL_TIMESTEPS"])
+    assert table.grad_steps.iloc[-1] == str(12 * 4)
+    np.testing.assert_array_equal(np.float32(table.td_loss), out["metrics"].td_loss)
+    assert out["score"] == pytest.approx(out["metrics"]["test/returned_episode_returns"].iloc[-2:].mean())
     assert (folder / "learning_curve.png").stat().st_size > 10_000
-    agent = script.load(folder)
-    assert agent.config == script.Config(**TINY)
+    config, network, variables = script.load(folder)
     state = out["runner_state"]
-    assert equal_trees(agent.variables["params"], state.params)
-    variables, obs = jax.tree.map(lambda x: x[1], agent.variables), state.obs[1]
-    expected = script.make_network(agent.config).apply({"params": jax.tree.map(lambda x: x[1], state.params)}, obs)
-    np.testing.assert_array_equal(agent.network.apply(variables, obs), expected)
+    assert config == script.Config(**TINY) and equal_trees(variables, state.variables)
+    variables, obs = jax.tree.map(lambda x: x[1], variables), state.obs[1]
+    expected = script.make_network(config).apply(jax.tree.map(lambda x: x[1], state.variables), obs)
+    np.testing.assert_array_equal(network.apply(variables, obs), expected)
     assert "test/returned_episode_returns" in capsys.readouterr().out
 
 
 def test_running_statistics_are_trained_saved_and_restored(script, tmp_path):
+    """And a finished run is trained for longer, with a Config that Python gives."""
     changes = {"NORM_INPUT": True, "NORM_TYPE": "batch_norm"}
-    config = script.Config(**TINY | changes)
-    out = script.run(config, SAVE_PATH=str(tmp_path))
-    agent = script.load(out["folder"])
-    mean = agent.variables["batch_stats"]["BatchNorm_0"]["mean"]
-    assert np.abs(mean).max() > 0
-    train = script.make_train(config)
-    state = jax.tree.map(lambda x: x[0], out["runner_state"])
-    loaded = state.replace(**jax.tree.map(lambda x: x[0], agent.variables))
-    evaluate = jax.jit(train.evaluate)
-    assert equal_trees(evaluate(state, jax.random.key(5)), evaluate(loaded, jax.random.key(5)))
+    out = script.run(script.Config(**TINY | changes), NUM_SEEDS=2, SAVE_PATH=tmp_path)
+    _, _, variables = script.load(out["folder"])
+    assert np.abs(variables["batch_stats"]["BatchNorm_0"]["mean"]).max() > 0
+    assert equal_trees(variables, out["runner_state"].variables)
     longer = script.Config(**TINY | changes | {"TOTAL_TIMESTEPS": 2 * TINY["TOTAL_TIMESTEPS"]})
-    resumed = script.run(longer, RESUME=out["folder"], SAVE_PATH=tmp_path)  # paths are as good as text
-    assert resumed["metrics"]["update_steps"][0].tolist() == list(range(1, 25))
-    assert script.read_settings(out["folder"])["RESUME"] == str(out["folder"])
+    resumed = script.run(longer, RESUME=out["folder"])
+    assert (
+        resumed["metrics"].update_steps.unique().tolist() == list(range(1, 25)) and resumed["folder"] == out["folder"]
+    )
+    assert int(resumed["runner_state"].obs.shape[0]) == 2  # NUM_SEEDS is the run's
+    again = script.run(RESUME=out["folder"])  # nothing is left to do
+    assert equal_trees(again["runner_state"], resumed["runner_state"]) and again["score"] == resumed["score"]
 
 
 def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, capsys):
@@ -181,64 +190,33 @@ def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, 
             raise OSError(28, "No space left on device")
         replace(*args)
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(script.os, "replace", full)
-    monkeypatch.setattr(script, "learning_curve", broken)
+    monkeypatch.setattr(script.plt, "subplots", broken)
     out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=1)
     warnings = capsys.readouterr().err
     assert "No space left on device" in warnings and "no fonts" in warnings
-    assert len(read_csv(out["folder"])["seed"]) == 12 and np.isfinite(out["score"])
-    assert equal_trees(script.load(out["folder"]).variables["params"], out["runner_state"].params)
+    assert len(read_csv(out["folder"])) == 12 and np.isfinite(out["score"])
+    assert equal_trees(script.load(out["folder"])[2], out["runner_state"].variables)
 
 
-def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(script, tmp_path, capsys):
-    config = script.Config(**TINY | {"TEST_DURING_TRAINING": False})  # the evaluation at the end is on record
-    out = script.run(config, SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=4)
-    whole = read_csv(out["folder"])
-    scores = np.array(whole["test/returned_episode_returns"], float)
-    assert np.isnan(scores[:-1]).all() and scores[-1] == pytest.approx(out["score"])
-    for path in (out["folder"] / "checkpoints" / "12").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with open(out["folder"] / "metrics.csv", newline="") as file:  # another version may order its columns otherwise
-        rows = [[row[0], *reversed(row[1:])] for row in csv.reader(file)]
-    with open(out["folder"] / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    resumed = script.run(RESUME=str(out["folder"]))
-    assert read_csv(out["folder"]) == whole and equal_trees(resumed["runner_state"], out["runner_state"])
-    assert "reading checkpoint 12 failed" in capsys.readouterr().err
-    columns = [i for i, name in enumerate(rows[0]) if not name.startswith("test/")]  # killed before its evaluation
-    with open(out["folder"] / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([[row[i] for i in columns] for row in rows])
-    again = script.run(RESUME=str(out["folder"]))  # from the end, which was saved again
-    assert read_csv(out["folder"]) == whole and again["score"] == out["score"]
-    assert equal_trees(again["runner_state"], out["runner_state"]) and "failed" not in capsys.readouterr().err
-
-
-def test_checkpoints_follow_the_clock_too(script, tmp_path, monkeypatch):
-    """However long an interval takes, what is lost is bounded: here every logged interval is late."""
-    monkeypatch.setattr(script, "CHECKPOINT_SECONDS", 0)
-    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), CHECKPOINT_INTERVAL=100)
-    assert {path.name for path in (out["folder"] / "checkpoints").iterdir() if path.name.isdigit()} == {"11", "12"}
+def test_checkpoints_follow_their_interval_not_the_logs(script, tmp_path):
+    out = script.run(script.Config(**TINY), SAVE_PATH=tmp_path, LOG_INTERVAL=3, CHECKPOINT_INTERVAL=5)
+    assert {path.name for path in (out["folder"] / "checkpoints").iterdir() if path.name.isdigit()} == {"6", "12"}
 
 
 def test_a_logged_row_has_means_and_the_last_evaluation(script):
-    returns = np.float32([[1, 3, np.nan]])
-    metrics = {"returned_episode_returns": returns, "td_loss": returns[:, :2], "update_steps": np.array([[1, 2, 3]])}
-    tests = {
-        "test/returned_episode_returns": np.float32([[5, 7, np.nan]]),
-        "test/unfinished": np.float32([[0, 1, np.nan]]),
-    }
-    assert script.logged(metrics | tests) == {
-        "returned_episode_returns": 2,
-        "td_loss": 2,
-        "test/returned_episode_returns": 7,
-        "test/unfinished": 1,
-    }
-    assert np.isnan(script.logged({key: x[:, 2:] for key, x in tests.items()})["test/unfinished"])
-    assert np.isnan(script.logged({"td_loss": returns})["td_loss"])  # a diverged update is not averaged away
+    nan = np.nan
+    updates = [
+        {"returned_episode_returns": r, "td_loss": loss, "test/returned_episode_returns": test}
+        for r, loss, test in zip(([1, nan], [3, nan]), ([1, nan], [3, 2]), ([5, 5], [nan, nan]), strict=True)
+    ]
+    row = script.average([{key: np.float32(x) for key, x in update.items()} for update in updates])
+    np.testing.assert_array_equal(row["returned_episode_returns"], [2, nan])
+    np.testing.assert_array_equal(row["td_loss"], [2, nan])  # a diverged update is not averaged away
+    np.testing.assert_array_equal(row["test/returned_episode_returns"], [5, 5])
 
 
 def test_signals_are_collected_and_then_as_before(script):
@@ -248,70 +226,77 @@ def test_signals_are_collected_and_then_as_before(script):
         raise MemoryError
     assert received == [signal.SIGUSR2]
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(list(map(type, [script.catch_signals().__enter__()]))))
+    thread.start(), thread.join()
+    assert seen == [[list]]  # in another thread there is nothing to catch
 
 
-def test_nan_losses_are_reported_when_they_start(script, capsys):
-    script.run(script.Config(**TINY | {"REW_SCALE": 1e30}), SAVE_PATH=None)
+def test_nan_losses_are_reported_when_they_start(script, tmp_path, capsys):
+    script.run(script.Config(**TINY | {"REW_SCALE": 1e30}), NUM_SEEDS=2, SAVE_PATH=tmp_path)
     err = capsys.readouterr().err
-    assert err.count("Warning: the loss of seed 0") == 1
+    assert 1 <= err.count("is not finite") <= 2 and "the loss of seed [0" in err
 
 
-def test_unreachable_wandb_logs_offline(script, tmp_path, monkeypatch, capsys):
+def test_wandb_has_means_and_each_seed_and_a_failing_log_is_a_warning(script, tmp_path, monkeypatch, capsys):
     import wandb
 
-    init, modes, logged = wandb.init, [], []
+    init, logged = wandb.init, []
 
-    def unreachable(mode, **options):
-        modes.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("no network")
-        log = init(mode=mode, **options)
+    def spied(**options):
+        log = init(**options)
         monkeypatch.setattr(log, "log", lambda values, step: logged.append((step, values)))
         return log
 
-    monkeypatch.setattr(wandb, "init", unreachable)
-    options = {"NUM_SEEDS": 2, "WANDB_MODE": "online", "WANDB_LOG_ALL_SEEDS": True}
-    out = script.run(script.Config(**TINY), SAVE_PATH=str(tmp_path), **options)
-    assert modes == ["online", "offline"] and "wandb cannot be reached" in capsys.readouterr().err
+    monkeypatch.setattr(wandb, "init", spied)
+    options = {"NUM_SEEDS": 2, "WANDB_MODE": "offline", "WANDB_LOG_ALL_SEEDS": True, "SAVE_PATH": tmp_path}
+    out = script.run(script.Config(**TINY), **options)
     assert [step for step, _ in logged] == list(range(1, 13))
-    values = logged[-1][1]
-    assert values["td_loss"] == pytest.approx(out["metrics"]["td_loss"][:, -1].mean())
-    assert values["rng1/td_loss"] == pytest.approx(out["metrics"]["td_loss"][1, -1])
+    values, table = logged[-1][1], out["metrics"].query("update_steps == 12")
+    assert values["td_loss"] == pytest.approx(table.td_loss.mean())
+    assert values["rng1/td_loss"] == pytest.approx(table.td_loss.iloc[1]) and "seed" not in values
     assert not any(np.isnan(x) for _, values in logged for x in values.values())
     assert list(out["folder"].glob("wandb/offline-run-*"))
-    monkeypatch.setattr(wandb, "init", lambda id, **_: id)
-    monkeypatch.chdir(out["folder"])  # RESUME=. is the same run
-    assert script.start_wandb(script.Config(), Path(), script.Settings()) == "_".join(out["folder"].parts[-2:])
+    monkeypatch.setattr(wandb, "init", lambda **options: 1 / 0)
+    out = script.run(script.Config(**TINY), **options)
+    assert "start_wandb failed, training goes on: ZeroDivisionError" in capsys.readouterr().err
+    assert len(read_csv(out["folder"])) == 24
+    wandb.finish()
 
 
 BAD_FOR_EACH = ("unknown game", "unknown ENV_KWARGS", "minibatches")
 BAD = {
     "unknown key": (["alg.LEARNING_RATE=1"], "LEARNING_RATE"),
-    "wrong type": (["alg.LR=fast"], "LR"),
-    "wrong type of a root key": (["NUM_SEEDS=many"], "NUM_SEEDS"),
+    "wrong type": (["alg.LR=fast"], "LR='fast'"),
+    "wrong type of a root key": (["NUM_SEEDS=many"], "NUM_SEEDS='many'"),
     "unknown recipe": (["+alg=nothing"], "nothing"),
-    "unknown game": (["alg.ENV_NAME=Pacman"], "ENV_NAME='Pacman'"),
+    "unknown key of a recipe": (["+alg.LEARNING_RATE=1"], "LEARNING_RATE=1"),
+    "unknown game": (["alg.ENV_NAME=Pacman-MinAtar"], "ENV_NAME=Pacman-MinAtar is not registered"),
     "unknown ENV_KWARGS": (["+alg.ENV_KWARGS.speed=2"], "speed"),
+    "a value of no use": (["+alg.ENV_KWARGS.max_steps_in_episode=[1]"], "max_steps_in_episode"),
     "minibatches": (["alg.NUM_MINIBATCHES=33", "alg.NUM_ENVS=128"], "NUM_MINIBATCHES=33"),
     "count": (["alg.NUM_ENVS=0"], "NUM_ENVS=0"),
     "fraction of a count": (["alg.NUM_STEPS=1.5"], "NUM_STEPS=1.5"),
-    "too short": (["alg.TOTAL_TIMESTEPS=10"], "TOTAL_TIMESTEPS=10"),
-    "too short schedules": (["alg.TOTAL_TIMESTEPS_DECAY=10"], "TOTAL_TIMESTEPS_DECAY=10"),
+    "too short": (["alg.TOTAL_TIMESTEPS=10"], "TOTAL_TIMESTEPS[_DECAY]=10"),
+    "too short schedules": (["alg.TOTAL_TIMESTEPS_DECAY=10"], "TOTAL_TIMESTEPS[_DECAY]=10"),
     "LAMBDA": (["alg.LAMBDA=1.1"], "LAMBDA=1.1"),
     "GAMMA": (["alg.GAMMA=-0.1"], "GAMMA=-0.1"),
-    "EPS": (["alg.EPS_FINISH=2"], "EPS_FINISH=2.0"),
+    "EPS": (["alg.EPS_FINISH=2"], "EPS_FINISH=2"),
+    "NaN": (["alg.REW_SCALE=nan"], "REW_SCALE=nan"),
+    "TEST_INTERVAL": (["alg.TEST_INTERVAL=0"], "TEST_INTERVAL=0"),
     "NORM_TYPE": (["alg.NORM_TYPE=group_norm"], "NORM_TYPE='group_norm'"),
+    "OBS_DIVISOR": (["alg.OBS_DIVISOR=0"], "OBS_DIVISOR=0"),
+    "another script's environment": (["alg.ENV_NAME=CartPole-v1"], "ENV_NAME='CartPole-v1'"),
     "seeds": (["NUM_SEEDS=0"], "NUM_SEEDS=0"),
     "wandb mode": (["WANDB_MODE=sometimes"], "WANDB_MODE='sometimes'"),
     "missing folder": (["RESUME=nowhere"], "nowhere"),
     "nothing to resume": (["RESUME=latest"], "RESUME=latest"),
-    "unwritable": (["SAVE_PATH=/proc/runs"], "SAVE_PATH=/proc/runs"),
-    "seed": ([f"SEED={2**64}"], f"SEED={2**64}"),
-    "time limit": (["+alg.ENV_KWARGS.max_steps_in_episode=0"], "max_steps_in_episode=0 must be like 1000"),
-    "fraction of a time limit": (
-        ["+alg.ENV_KWARGS.max_steps_in_episode=7.5"],
-        "max_steps_in_episode=7.5 must be like 1000",
-    ),
+    "unwritable": (["SAVE_PATH=/proc/none/runs"], "/proc/none"),
+    "a folder that orbax cannot read": (['SAVE_PATH="sweep [1]"'], "sweep [1]"),
+    "no folder": (["SAVE_PATH=null"], "SAVE_PATH=None"),
+    "seed": ([f"SEED={2**32}"], f"SEED={2**32}"),
+    "time limit": (["+alg.ENV_KWARGS.max_steps_in_episode=0"], "max_steps_in_episode=0 must be"),
+    "fraction of a time limit": (["+alg.ENV_KWARGS.max_steps_in_episode=7.5"], "max_steps_in_episode=7.5 must be"),
 }
 
 
@@ -322,9 +307,8 @@ def call_mains(folder, script, cases):
         try:
             Command.call_main(folder, script, arguments, folder / case / "out", folder / case / "err")
             code = 0
-        except SystemExit as error:  # a text is printed, and the exit code is 1
-            code = 1 if isinstance(error.code, str) else error.code or 0
-            print(error.code if isinstance(error.code, str) else "", file=sys.stderr)
+        except SystemExit as error:
+            code = error.code or 0
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -350,100 +334,127 @@ def test_bad_input_is_one_clear_line(mistakes, case):
     if name != "pqn_minatar" and case not in BAD_FOR_EACH:
         pytest.skip("the same definitions: tried on one script")
     code, out, err = ((folder / case / stream).read_text() for stream in ("code", "out", "err"))
-    text = BAD[case][1]
     assert code == "1" and "Traceback" not in err, err
-    line = next(line for line in err.splitlines() if text in line)
-    if "=" in text and not line.startswith("Error merging"):
-        assert line.startswith("Error: ")
-    assert "Compiled" not in out
-    assert not (folder / "runs").exists()
+    assert BAD[case][1] in err and "Compiling" not in out
+    assert not list((folder / "runs").glob("*"))
+    assert case == "unknown recipe" or len(err.splitlines()) <= 9, err  # Hydra adds lines of help
 
 
-def test_corrupt_and_contradicted_run_folders_and_foreign_recipes(name, command, tmp_path):
+def test_what_contradicts_a_run_is_refused_and_what_does_not_is_merged(name, command, tmp_path):
     assert command(name, *tiny_arguments(), "SEED=3", "NUM_SEEDS=2").code == 0
     (folder,) = tmp_path.glob("runs/*/*")
     cases = [
-        ([f"RESUME={folder}", "alg.LR=0.5"], "LR=0.5 contradicts"),
-        (
-            [f"RESUME={folder}", "+alg.ENV_KWARGS.max_steps_in_episode=7"],
-            "ENV_KWARGS={'max_steps_in_episode': 7} contra",
-        ),
         ([f"RESUME={folder}", "SEED=0"], "SEED=0 contradicts"),  # equal to its default, and given all the same
         (["RESUME=latest", "NUM_SEEDS=1"], "NUM_SEEDS=1 contradicts"),
-        (["RESUME=nowhere"], "nowhere is not the folder of a run"),
-        (["RESUME=latest", "alg.TOTAL_TIMESTEPS=64"], "TOTAL_TIMESTEPS=64 contradicts"),
+        (["RESUME=latest", "alg.NUM_STEPS=4"], "alg.NUM_STEPS=4 contradicts"),
+        (["RESUME=latest", "alg.TOTAL_TIMESTEPS=64"], "alg.TOTAL_TIMESTEPS=64 contradicts"),
+        (["RESUME=latest", "alg.LR=-1"], "LR=-1"),
     ]
-    if name == "pqn_minatar":  # the gymnax script plays MinAtar, too: flattened
-        cases.append((["+alg=pqn_cartpole"], "HIDDEN_SIZE"))
     for arguments, text in cases:
         process = command(name, *arguments)
-        assert process.code == 1 and text in process.err and "Traceback" not in process.err
-    recipe = tmp_path / "recipes/alg/tiny.yaml"  # its TOTAL_TIMESTEPS is no wish to train for longer
+        assert process.code == 1 and text in process.err and "Traceback" not in process.err, process.err
+    recipe = tmp_path / "recipes/alg/tiny.yaml"  # ignored beside RESUME
     recipe.parent.mkdir(parents=True)
-    script = importlib.import_module(name)
-    recipe.write_text(yaml.safe_dump(script.RECIPE | TINY | {"TOTAL_TIMESTEPS": 2 * TINY["TOTAL_TIMESTEPS"]}))
-    again = ["RESUME=latest", "SEED=3", "CHECKPOINT_INTERVAL=2", "+alg=tiny", "--config-dir=recipes"]
-    assert command(name, *again).code == 0
+    recipe.write_text(yaml.safe_dump(TINY | {"TOTAL_TIMESTEPS": 10 * TINY["TOTAL_TIMESTEPS"], "LR": 1e-5}))
+    changes = ["alg.TOTAL_TIMESTEPS=768", "alg.LR=2e-4", "+alg.ENV_KWARGS.max_steps_in_episode=50"]
+    again = command(name, "RESUME=latest", *changes, "+alg=tiny", "--config-dir=recipes")
+    assert again.code == 0 and "'alg.LR': 0.0002" in again.out, again.err
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert "RESUME" not in saved["command"] and [x.split()[1] for x in saved["resumed"]] == ["RESUME=latest"]
-    assert saved["alg"]["TOTAL_TIMESTEPS"] == TINY["TOTAL_TIMESTEPS"]
-    text = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(text.replace(f"script: {name}", "script: pqn_other"))
-    process = command(name, f"RESUME={folder}")
-    assert process.code == 1 and f"is a run of pqn_other, not of {name}" in process.err
-    (folder / "config.yaml").write_text(text)
-    rows = (folder / "metrics.csv").read_text()
-    shutil.rmtree(folder / "checkpoints")  # to save space, say
-    process = command(name, f"RESUME={folder}")
-    assert (
-        process.code == 1 and "its checkpoints are gone" in process.err and rows == (folder / "metrics.csv").read_text()
-    )
-    (folder / "config.yaml").write_text("alg: [")
-    process = command(name, f"RESUME={folder}")
-    assert process.code == 1 and "config.yaml cannot be read" in process.err
+    assert [saved["alg"][key] for key in ("TOTAL_TIMESTEPS", "LR")] == [768, 2e-4] and saved["NUM_SEEDS"] == 2
+    assert saved["alg"]["ENV_KWARGS"] == {"max_steps_in_episode": 50} and saved["alg"]["NUM_ENVS"] == 4
+    assert read_csv(folder).update_steps.iloc[-1] == "24"
+    text, rows = (folder / "config.yaml").read_text(), (folder / "metrics.csv").read_text()
+    process = command(name, "RESUME=latest", "alg.NORM_INPUT=true")  # orbax's words; the folder is as it was
+    assert process.code != 0
+    assert text == (folder / "config.yaml").read_text() and rows == (folder / "metrics.csv").read_text()
 
 
-def test_sweep(command, tmp_path):
-    """Of one script, since each value of LR compiles; test_tools has more."""
-    process = command("pqn_gymnax", "-m", "alg.LR=1e-3,5e-4", "SEED=0,1", *tiny_arguments(TOTAL_TIMESTEPS=1e2))
-    assert process.code == 0, process.err
-    folders = list(tmp_path.glob("runs/*_s[01]/*"))
-    assert len(folders) == 4 and not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
+def test_a_refused_combination_does_not_end_a_sweep(command, tmp_path):
+    process = command("pqn_gymnax", "-m", "alg.NUM_MINIBATCHES=2,7,4", *tiny_arguments()[:2], *tiny_arguments()[3:])
+    assert process.code == 1 and "NUM_MINIBATCHES=7 must divide" in process.err and "Traceback" not in process.err
+    assert len(list(tmp_path.glob("runs/*/*/params.safetensors"))) == 2
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
 
 
-def test_script_alone_in_an_empty_folder(name, script, tmp_path):
-    """Without configs/ the schema serves, with its own defaults as the recipe; a mistake is an exit code not 0."""
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    sweep = ["-m", f"+alg={script.Config.ALG_NAME}", "alg.LR=1e-3,-1"]
-    command = [sys.executable, f"{name}.py", *sweep, *tiny_arguments()]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-    assert list(tmp_path.glob("runs/*/*/params.safetensors")), process.stderr
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    assert process.stderr.splitlines()[-1].startswith("Error: alg.LR=-1.0 is not allowed")
+def test_copies_of_other_names_and_alone(name, tmp_path):
+    """In an empty folder, with dots in the name or through a symbolic link: runs, resumes, has folders of its own."""
+    shutil.copy(ROOT / f"{name}.py", tmp_path / "my.pqn [v2].py")
+    (tmp_path / "link.py").symlink_to(ROOT / f"{name}.py")
+    environment = os.environ | {"PYTHONPATH": ""}
+    for file, folder in (("my.pqn [v2].py", "my.pqn--v2-"), ("link.py", "link")):
+        for arguments in (tiny_arguments(), ["RESUME=latest", "alg.TOTAL_TIMESTEPS=416"]):
+            command = [sys.executable, file, *arguments]
+            process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+            assert process.returncode == 0, process.stderr
+        (run,) = tmp_path.glob(f"runs/{folder}_*/*")
+        assert (run / f"{folder}.py").read_text() == (ROOT / f"{name}.py").read_text()
+        assert len(read_csv(run)) == 13
+    assert {path.name for path in tmp_path.iterdir()} == {"my.pqn [v2].py", "link.py", "runs"}
 
 
-def test_recipes_load_and_defaults_are_the_first(name, script):
-    from omegaconf import OmegaConf
-
+def test_bare_command_first_recipe_and_config_are_the_same(name, script, command):
+    """Key by key, and each recipe restates all keys."""
     recipes = {"pqn_minatar": ["pqn"], "pqn_gymnax": ["pqn_cartpole", "pqn_acrobot"]}[name]
-    configs = [
-        script.Config(**OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")))
-        for recipe in recipes
-    ]
-    assert configs[0] == script.Config(**script.RECIPE)
-
-
-def test_a_run_without_a_recipe_has_the_published_one(command):
-    """And a recipe that leaves a switch out has the neutral one."""
-    for arguments, scale in (([], 0.1), (["alg.REW_SCALE=3"], 3.0), (["+alg=pqn_acrobot"], 0.1)):
-        process = command("pqn_gymnax", *arguments, "--cfg", "job")
-        assert process.code in (0, None) and yaml.safe_load(process.out)["alg"]["REW_SCALE"] == scale
-    assert importlib.import_module("pqn_gymnax").Config().REW_SCALE == 1
+    for recipe in recipes:
+        values = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml"))
+        config = script.Config(**values)
+        assert values.keys() == vars(config).keys()
+        assert (vars(config) == vars(script.Config())) == (recipe == recipes[0])
+    for arguments in ([], [f"+alg={recipes[0]}"]):
+        process = command(name, *arguments, "--cfg", "job")
+        assert process.code in (0, None)
+        assert vars(script.Config(**OmegaConf.create(process.out).alg)) == vars(script.Config())
 
 
 def test_root_config_restates_the_settings(script):
-    from omegaconf import OmegaConf
-
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/config.yaml"))
     config.pop("defaults")
-    assert config == dataclasses.asdict(script.Settings())
+    assert script.Settings(**config) == script.Settings() and config.keys() == vars(script.Settings()).keys()
+    assert config | {"SAVE_PATH": os.path.abspath("runs")} == vars(script.Settings())
+
+
+def test_values_of_numpy_are_taken_and_saved_as_plain_numbers(script, tmp_path):
+    values = {"LR": np.float64(1e-3), "GAMMA": np.float32(0.5), "NUM_ENVS": np.int64(4), "NORM_INPUT": np.bool_(True)}
+    values |= {"LAMBDA": np.array(0.25), "NORM_TYPE": np.random.default_rng(0).choice(["none"]), "TOTAL_TIMESTEPS": 1e2}
+    kwargs = {"max_steps_in_episode": np.int64(50)}
+    out = script.run(script.Config(**TINY | values, ENV_KWARGS=kwargs), SAVE_PATH=tmp_path, SEED=np.int64(1))
+    config, *_ = script.load(out["folder"])
+    assert config == script.Config(**TINY | values, ENV_KWARGS=kwargs)
+    assert all(type(x) in (str, bool, int, float, dict, type(None)) for x in vars(config).values())
+    assert type(config.ENV_KWARGS["max_steps_in_episode"]) is int and type(config.TOTAL_TIMESTEPS) is int
+    for bad in ({"LR": np.ones(2)}, {"NUM_ENVS": np.float64(1.5)}, {"ENV_KWARGS": {"x": np.ones(2)}}, {"LR": 1j}):
+        with pytest.raises(ValidationError):
+            script.Config(**bad)
+
+
+class Broken(gymnax.environments.classic_control.cartpole.CartPole):
+    """An environment that lacks something, by name."""
+
+    def __init__(self, lacks=""):
+        super().__init__()
+        self.lacks = lacks
+
+    def step(self, *args):
+        return super().step(*args)[1:] if self.lacks == "a sixth value" else super().step(*args)
+
+    def reset(self, *args):
+        obs, state = super().reset(*args)
+        return ({"obs": obs} if self.lacks == "one array" else obs), state
+
+    def action_space(self, params=None):
+        if self.lacks == "actions":
+            raise NotImplementedError
+        return super().action_space(params)
+
+
+@pytest.mark.parametrize("lacks", ["a sixth value", "one array", "actions", ""])
+def test_an_environment_without_the_interface_is_refused_by_name(lacks):
+    import pqn_gymnax as pqn
+
+    if "Broken" not in gymnax.registered_envs:
+        gymnax.registration.register("Broken", Broken)
+    kwargs = {"lacks": lacks}
+    if not lacks:
+        return pqn.Config(ENV_NAME="Broken", ENV_KWARGS=kwargs)
+    with pytest.raises(ValidationError, match="ENV_NAME=Broken .* must have gymnax 1.0's interface, discrete actions"):
+        pqn.Config(ENV_NAME="Broken", ENV_KWARGS=kwargs)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 
 import pytest
@@ -72,6 +73,35 @@ def test_notebook_trains_and_its_agent_can_be_watched(script, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["watch.py", str(folder), f"--seed-index={seeds}"])
     with pytest.raises(SystemExit, match=f"--seed-index={seeds} is not allowed"):
         watch.main()
+
+
+MINE = """
+import gymnax
+from gymnax.environments.classic_control.cartpole import CartPole
+class Mine(CartPole):
+    pass
+gymnax.registration.register("Mine-v0", Mine)
+"""
+
+
+def test_an_environment_of_ones_own_is_trained_resumed_and_watched(tmp_path):
+    """Its module registers it: imported before `run`, and named to watch.py; without it a line says what is missing."""
+    (tmp_path / "mine.py").write_text(MINE)
+    config = TINY | {"ENV_NAME": "Mine-v0"}
+    run = "import mine, pqn_gymnax as pqn\nprint(pqn.run({}, SAVE_PATH='runs')['score'])"
+    watch = [ROOT / "watch.py", "--episodes=2", "--out=watch.gif"]
+    for arguments, code, said in (
+        (["-c", run.format(f"pqn.Config(**{config!r})")], 0, "Run folder"),
+        (["-c", run.format("RESUME='latest'")], 0, "Run folder"),
+        ([ROOT / "pqn_gymnax.py", "RESUME=latest"], 1, "ENV_NAME=Mine-v0 is not registered with gymnax"),
+        ([*watch, None], 1, "--import <the module that registers it>"),
+        ([*watch, None, "--import=mine"], 1, "No picture: gymnax cannot draw Mine-v0"),
+    ):
+        arguments = [next(tmp_path.glob("runs/*/*")) if word is None else word for word in arguments]
+        process = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert process.returncode == code and said in process.stdout + process.stderr, process.stderr
+        assert "Traceback" not in process.stderr
+    assert process.stdout.count("return ") == 2
 
 
 def fake_run(folder, seed, returns, lr=1e-3, **more):
