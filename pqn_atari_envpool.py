@@ -1,29 +1,21 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "envpool>=1.2.5",
-#   "hydra-core>=1.3.2", "omegaconf>=2.3", "orbax-checkpoint>=0.11", "safetensors>=0.5",
-#   "matplotlib>=3.8", "tqdm>=4.66", "wandb>=0.19",
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "envpool>=1.2.5", "hydra-core>=1.3.2", "omegaconf>=2.3",
+#   "pydantic>=2.10", "orbax-checkpoint>=0.11", "safetensors>=0.5", "pandas>=2.2", "seaborn>=0.13", "matplotlib>=3.8",
+#   "scipy>=1.15", "tqdm>=4.66", "wandb>=0.19",
 # ]
 # ///
 """PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) on Atari, in one file. Documentation: docs/pqn_atari_envpool.md
 
-    python pqn_atari_envpool.py                                          # Pong with the defaults of Config
-    python pqn_atari_envpool.py +alg=pqn_atari alg.ENV_NAME=Breakout-v5 NUM_SEEDS=3
-    python pqn_atari_envpool.py +alg=pqn_atari_sticky alg.ENV_NAME=Qbert-v5
-    python pqn_atari_envpool.py RESUME=latest                            # go on with a run that was stopped
-
-From Python, or after pasting this file into a notebook cell: `out = run(Config(TOTAL_TIMESTEPS=1e6), NUM_SEEDS=3)`.
+python pqn_atari_envpool.py +alg=pqn_atari alg.ENV_NAME=Breakout-v5 NUM_SEEDS=3
+python pqn_atari_envpool.py +alg=pqn_atari_sticky alg.ENV_NAME=Qbert-v5 alg.ENCODER=hadamax
+python pqn_atari_envpool.py RESUME=latest                            # go on with a run that was stopped
+out = run(Config(TOTAL_TIMESTEPS=1e6), NUM_SEEDS=3)                  # in a notebook, below a cell with this file
 """
 
-import csv
-import dataclasses
-import difflib
-import importlib.metadata
-import io
-import math
 import os
-import secrets
+import re
 import shlex
 import shutil
 import signal
@@ -31,187 +23,120 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
+import hydra
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct, traverse_util
+import orbax.checkpoint as ocp
+import pandas as pd
+import seaborn as sns
+from flax import traverse_util
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors.numpy import load_file, save_file
+from scipy.stats import trim_mean
 from tqdm import tqdm
 
-SCRIPT = "pqn_atari_envpool"
-# What the published recipe sets beside Config's neutral defaults. A run for which no recipe is named has it, too.
-RECIPE = {}
+try:
+    import envpool
+except ImportError as error:  # one line on the command line
+    text = f"Error: envpool is needed ({error}): `pip install 'envpool>=1.2.5'`, which has wheels for Linux"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(text) from None
 
-# Game: scores of a random policy and of a human (Wang et al., 2016, arXiv 1511.06581, and DQN Zoo), 30 no-op starts.
-HUMAN = {
-    "Alien-v5": (227.8, 7127.7), "Amidar-v5": (5.8, 1719.5), "Assault-v5": (222.4, 742.0),
-    "Asterix-v5": (210.0, 8503.3), "Asteroids-v5": (719.1, 47388.7), "Atlantis-v5": (12850.0, 29028.1),
-    "BankHeist-v5": (14.2, 753.1), "BattleZone-v5": (2360.0, 37187.5), "BeamRider-v5": (363.9, 16926.5),
-    "Berzerk-v5": (123.7, 2630.4), "Bowling-v5": (23.1, 160.7), "Boxing-v5": (0.1, 12.1), "Breakout-v5": (1.7, 30.5),
-    "Centipede-v5": (2090.9, 12017.0), "ChopperCommand-v5": (811.0, 7387.8), "CrazyClimber-v5": (10780.5, 35829.4),
-    "Defender-v5": (2874.5, 18688.9), "DemonAttack-v5": (152.1, 1971.0), "DoubleDunk-v5": (-18.6, -16.4),
-    "Enduro-v5": (0.0, 860.5), "FishingDerby-v5": (-91.7, -38.7), "Freeway-v5": (0.0, 29.6),
-    "Frostbite-v5": (65.2, 4334.7), "Gopher-v5": (257.6, 2412.5), "Gravitar-v5": (173.0, 3351.4),
-    "Hero-v5": (1027.0, 30826.4), "IceHockey-v5": (-11.2, 0.9), "Jamesbond-v5": (29.0, 302.8),
-    "Kangaroo-v5": (52.0, 3035.0), "Krull-v5": (1598.0, 2665.5), "KungFuMaster-v5": (258.5, 22736.3),
-    "MontezumaRevenge-v5": (0.0, 4753.3), "MsPacman-v5": (307.3, 6951.6), "NameThisGame-v5": (2292.3, 8049.0),
-    "Phoenix-v5": (761.4, 7242.6), "Pitfall-v5": (-229.4, 6463.7), "Pong-v5": (-20.7, 14.6),
-    "PrivateEye-v5": (24.9, 69571.3), "Qbert-v5": (163.9, 13455.0), "Riverraid-v5": (1338.5, 17118.0),
-    "RoadRunner-v5": (11.5, 7845.0), "Robotank-v5": (2.2, 11.9), "Seaquest-v5": (68.4, 42054.7),
-    "Skiing-v5": (-17098.1, -4336.9), "Solaris-v5": (1236.3, 12326.7), "SpaceInvaders-v5": (148.0, 1668.7),
-    "StarGunner-v5": (664.0, 10250.0), "Surround-v5": (-10.0, 6.5), "Tennis-v5": (-23.8, -8.3),
-    "TimePilot-v5": (3568.0, 5229.2), "Tutankham-v5": (11.4, 167.6), "UpNDown-v5": (533.4, 11693.2),
-    "Venture-v5": (0.0, 1187.5), "VideoPinball-v5": (16256.9, 17667.9), "WizardOfWor-v5": (563.5, 4756.5),
-    "YarsRevenge-v5": (3092.9, 54576.9), "Zaxxon-v5": (32.5, 9173.3),
-}  # fmt: skip
+CHECKED = {"extra": "forbid", "allow_inf_nan": False, "validate_assignment": True}
+Fraction = Annotated[float, Field(ge=0, le=1)]
+plain = partial(jax.tree.map, lambda x: x.item() if hasattr(x, "item") else x)  # numpy's numbers become Python's
+Kwargs = Annotated[dict[str, JsonValue], BeforeValidator(plain)]
+PROTOCOL = dict(episodic_life=True, reward_clip=True, repeat_action_probability=0.0, frame_skip=4, noop_max=30)
+Options = Annotated[Kwargs, AfterValidator(lambda given: PROTOCOL | given)]  # over the published protocol's
 
 
-class UserError(ValueError):
-    """A mistake of the user's: its message is one line with the key, the value and what is allowed."""
-
-
-def published_protocol():
-    """What envpool is told by default: a lost life ends an episode, rewards are clipped to -1, 0, 1."""
-    return {
-        "episodic_life": True,
-        "reward_clip": True,
-        "repeat_action_probability": 0.0,
-        "frame_skip": 4,
-        "noop_max": 30,
-    }
-
-
-@dataclass
+@dataclass(config=CHECKED)
 class Config:
-    """Hyper-parameters, `alg.KEY=value` on the command line; counts may be written 1e7. Raises UserError if wrong."""
+    """Hyper-parameters, `alg.KEY=value` on the command line; the defaults are the published recipe."""
 
     ENV_NAME: str = "Pong-v5"  # any Atari game of envpool's
-    ENV_KWARGS: dict = field(default_factory=published_protocol)  # envpool's options, over the published protocol's
+    ENV_KWARGS: Options = Field(default_factory=PROTOCOL.copy)  # envpool's options
     ALG_NAME: str = "pqn_atari"  # a label for logs
-    TOTAL_TIMESTEPS: float = 5e7  # environment steps of one seed, of frame_skip frames each
-    TOTAL_TIMESTEPS_DECAY: float | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
-    NUM_ENVS: float = 128  # emulators in parallel, N
-    NUM_STEPS: float = 32  # steps of each emulator between updates, T
-    NUM_MINIBATCHES: float = 32  # gradient steps per epoch; must divide N * T
-    NUM_EPOCHS: float = 2  # passes over a rollout
-    EPS_START: float = 1.0  # exploration: probability of a random action, at the start
-    EPS_FINISH: float = 0.001  # and at the end
-    EPS_DECAY: float = 0.1  # fraction of the schedule after which EPS_FINISH is reached
-    LR: float = 2.5e-4  # RAdam's step size
+    TOTAL_TIMESTEPS: PositiveInt = 50_000_000  # environment steps of one seed, of frame_skip frames each
+    TOTAL_TIMESTEPS_DECAY: PositiveInt | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
+    NUM_ENVS: PositiveInt = 128  # emulators in parallel, N
+    NUM_STEPS: PositiveInt = 32  # steps of each emulator between updates, T
+    NUM_MINIBATCHES: PositiveInt = 32  # gradient steps per epoch; must divide N * T
+    NUM_EPOCHS: PositiveInt = 2  # passes over a rollout
+    EPS_START: Fraction = 1.0  # exploration: probability of a random action, at the start
+    EPS_FINISH: Fraction = 0.001  # and at the end
+    EPS_DECAY: Fraction = 0.1  # fraction of the schedule after which EPS_FINISH is reached
+    LR: PositiveFloat = 2.5e-4  # RAdam's step size
     LR_LINEAR_DECAY: bool = False  # linearly to 0 over the schedule
-    MAX_GRAD_NORM: float = 10.0  # clipping of the gradient's global norm
-    GAMMA: float = 0.99  # discount
-    LAMBDA: float = 0.65  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
+    MAX_GRAD_NORM: PositiveFloat = 10.0  # clipping of the gradient's global norm
+    GAMMA: Fraction = 0.99  # discount
+    LAMBDA: Fraction = 0.65  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
     REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
+    ENCODER: Literal["nature", "hadamax"] = "nature"  # Mnih et al. (2015), or Kooi et al. (arXiv 2505.15345)
     DUELING: bool = False  # Q = value + advantages, less their mean (Wang et al. 2016, arXiv 1511.06581, equation 9)
-    NORM_TYPE: str = "layer_norm"  # after each hidden layer: layer_norm, batch_norm or none
+    NORM_TYPE: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # before each hidden layer's ReLU or GELU
     NORM_INPUT: bool = False  # batch-normalise observations
-    TEST_DURING_TRAINING: bool = True  # TEST_ENVS emulators play beside training; without, only after it
-    TEST_ENVS: float = 8  # emulators that never learn, E
-    EPS_TEST: float = 0.0  # exploration in evaluation
+    TEST_DURING_TRAINING: bool = True  # TEST_ENVS emulators play beside training, not only after it
+    TEST_ENVS: Annotated[int, Field(ge=0)] = 8  # emulators that never learn, E; 0: no evaluation
+    EPS_TEST: Fraction = 0.0  # exploration in evaluation
+
+    TASK = property(lambda config: re.sub(r"[^\w.-]", "-", config.ENV_NAME))  # as folders and titles name it
+    NUM_UPDATES = property(lambda config: config.TOTAL_TIMESTEPS // (config.NUM_ENVS * config.NUM_STEPS))
 
     def __post_init__(self):
-        check_numbers(self)
-        self.ENV_KWARGS = published_protocol() | self.ENV_KWARGS
-        make_env(self)
-        sizes = [self.ENV_KWARGS.get(key, 84) for key in ("img_height", "img_width")]
-        check(self, "ENV_KWARGS", min(sizes) >= 36, "with screens of at least 36 x 36 for the network's convolutions")
-        norms = ("layer_norm", "batch_norm", "none")
-        check(self, "NORM_TYPE", self.NORM_TYPE in norms, "layer_norm, batch_norm or none")
-
-    @property
-    def TASK(self):
-        """What is learned, as folders and titles name it."""
-        return self.ENV_NAME
-
-    @property
-    def NUM_UPDATES(self):
-        """Updates of one run; each takes NUM_ENVS * NUM_STEPS environment steps."""
-        return self.TOTAL_TIMESTEPS // (self.NUM_ENVS * self.NUM_STEPS)
+        check_counts(self)
+        height, width = make_env(self).observation_space.shape[1:]
+        if min(height, width) < 36 and self.ENCODER == "nature":
+            raise ValueError(f"ENV_KWARGS={self.ENV_KWARGS} must have screens of at least 36 x 36 for ENCODER=nature")
 
 
-def check(config, key, valid, allowed):
-    """Raise a UserError that names the key, its value and what is allowed, unless valid."""
-    if not valid:
-        name = f"alg.{key}" if isinstance(config, Config) else key
-        raise UserError(f"{name}={getattr(config, key)!r} is not allowed: must be {allowed}")
-
-
-def check_numbers(config):
-    """Check types and ranges of a Config's fields, and make its counts integers."""
-    counts = "TOTAL_TIMESTEPS TOTAL_TIMESTEPS_DECAY NUM_ENVS NUM_STEPS NUM_MINIBATCHES NUM_EPOCHS "
-    counts += "TEST_NUM_ENVS TEST_NUM_STEPS TEST_ENVS HIDDEN_SIZE NUM_LAYERS "
-    counts += "NUM_RNN_LAYERS MEMORY_WINDOW OPTIMISTIC_RESET_RATIO"
-    fractions = "EPS_START EPS_FINISH EPS_DECAY EPS_TEST GAMMA LAMBDA".split()
-    for key, kind in ((f.name, f.type) for f in fields(config)):
-        value = getattr(config, key)
-        if value is None and kind == (float | None):
-            continue
-        if kind in (float, float | None):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
-            check(config, key, number, "a finite number")
-        else:
-            check(config, key, isinstance(value, kind), f"of type {getattr(kind, '__name__', kind)}")
-        if key in counts.split():
-            least = 0 if key in ("NUM_RNN_LAYERS", "MEMORY_WINDOW") else 1
-            check(config, key, value >= least and value == int(value), f"a whole number of at least {least}")
-            setattr(config, key, int(value))
-        check(config, key, key not in fractions or 0 <= value <= 1, "between 0 and 1")
-        positive = key in ("LR", "MAX_GRAD_NORM", "TEST_INTERVAL", "OBS_DIVISOR")
-        check(config, key, not positive or value > 0, "greater than 0")
-        check(config, key, key != "TEST_INTERVAL" or value <= 1, "a fraction of the run, at most 1")
+def check_counts(config):
+    """Raise ValueError where a Config's counts do not fit each other."""
     batch = config.NUM_ENVS * config.NUM_STEPS
-    divides, divisor = batch % config.NUM_MINIBATCHES == 0, f"a divisor of NUM_ENVS * NUM_STEPS = {batch}"
-    check(config, "NUM_MINIBATCHES", divides, divisor)
-    for key in ("TOTAL_TIMESTEPS", "TOTAL_TIMESTEPS_DECAY"):
-        enough = getattr(config, key) is None or getattr(config, key) >= batch
-        check(config, key, enough, f"at least one rollout, NUM_ENVS * NUM_STEPS = {batch}")
+    if batch % config.NUM_MINIBATCHES:
+        raise ValueError(f"NUM_MINIBATCHES={config.NUM_MINIBATCHES} must divide NUM_ENVS * NUM_STEPS = {batch}")
+    if (steps := min(config.TOTAL_TIMESTEPS, config.TOTAL_TIMESTEPS_DECAY or batch)) < batch:
+        raise ValueError(f"TOTAL_TIMESTEPS[_DECAY]={steps} must be at least NUM_ENVS * NUM_STEPS = {batch}")
+
+
+def override(config, **values):
+    """A copy of a Config with other values, which are not checked and so may be traced: vmap over them is a sweep."""
+    changed = object.__new__(type(config))
+    vars(changed).update(vars(config) | values)
+    return changed
 
 
 def make_env(config, seeds=(0,)):
     """A pool of emulators, one for each of `seeds`. The step after a `done` resets: it ignores its action."""
     if sys.platform != "linux":
-        raise UserError(f"envpool's XLA interface, which this script needs, is for Linux only, not for {sys.platform}")
-    try:
-        import envpool
-        from envpool.atari.registration import atari_game_list
-    except ImportError as error:
-        wheels = "`pip install 'envpool>=1.2.5'`, which has wheels for Linux"
-        raise UserError(f"envpool is needed and cannot be imported ({error}): {wheels}") from None
-    games = {"".join(map(str.capitalize, game.split("_"))) + "-v5": game for game in atari_game_list}
-    near = difflib.get_close_matches(config.ENV_NAME.split("-")[0] + "-v5", games, cutoff=0.5)
-    check(config, "ENV_NAME", config.ENV_NAME in games, f"an Atari game, such as {' or '.join(near or ['Pong-v5'])}")
-    defaults = envpool.make_spec(config.ENV_NAME).config._asdict()
+        raise ValueError(f"envpool's XLA interface, which this script needs, is for Linux only, not for {sys.platform}")
+    name, kwargs = config.ENV_NAME, config.ENV_KWARGS
+    defaults = envpool.make_spec(name).config._asdict() if name in envpool.list_all_envs() else {}
+    if "noop_max" not in defaults:
+        raise ValueError(f"ENV_NAME={name} must be an Atari game of envpool's such as Pong-v5")
+    low = {"num_threads": 0, "thread_affinity_offset": -1, "mode": -1, "difficulty": -1, "repeat_action_probability": 0}
     ours = "num_envs batch_size seed env_seed task base_path max_num_players gym_reset_return_info".split()
-    ours.append("zero_discount_on_life_loss")  # of a discount that is not used here: `episodic_life` ends the episode
-    least = {
-        "num_threads": 0,
-        "thread_affinity_offset": -1,
-        "mode": -1,
-        "difficulty": -1,
-        "repeat_action_probability": 0,
-    }
-    for key, value in config.ENV_KWARGS.items():  # envpool crashes on some values, and takes others without a word
-        default, name = defaults.get(key), f"alg.ENV_KWARGS.{key}={value!r}"
-        if key in ours or default is None:
-            raise UserError(f"{name} is unknown; it takes {', '.join(sorted(set(defaults) - set(ours)))}")
-        low, high = least.get(key, 1), 1 if key == "repeat_action_probability" else 2**31 - 1
-        kind = (int, float) if isinstance(default, float) else type(default)
-        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        if not fits or kind is not bool and not low <= value <= high:
-            allowed = "true or false" if kind is bool else f"like {default}, from {low} to {high}"
-            raise UserError(f"{name} is not allowed: must be {allowed}")
+    for key, value in kwargs.items():  # envpool crashes on some values, and takes others without a word
+        if key in ours or key not in defaults:
+            raise ValueError(f"ENV_KWARGS.{key}={value!r} is unknown; known: {sorted({*defaults} - {*ours})}")
+        kind, least, most = type(defaults[key]), low.get(key, 1), 1 if key.endswith("probability") else 2**31 - 1
+        fits = type(value) in (kind, int if kind is float else kind)
+        if not fits or kind is not bool and not least <= value <= most:
+            allowed = "true or false" if kind is bool else f"like {defaults[key]}, from {least} to {most}"
+            raise ValueError(f"ENV_KWARGS.{key}={value!r} must be {allowed}")
     try:
-        return envpool.make_gymnasium(config.ENV_NAME, num_envs=len(seeds), seed=list(seeds), **config.ENV_KWARGS)
+        return envpool.make_gymnasium(name, num_envs=len(seeds), seed=list(seeds), **kwargs)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"alg.ENV_KWARGS={config.ENV_KWARGS} cannot be used for {config.ENV_NAME}: {reason}") from None
+        raise ValueError(f"ENV_KWARGS={kwargs} cannot be used for {name}: {str(error).splitlines()[:1]}") from None
 
 
 def emulator_seeds(keys, count):
@@ -220,104 +145,88 @@ def emulator_seeds(keys, count):
     return [int(seed) for rng in rngs for seed in rng.integers(2**31 - 1, size=count)]
 
 
-class Conv(nn.Module):
-    """A convolution without padding, [C, H, W, B] -> [features, H', W', B], with nn.Conv's parameters.
-
-    Written as one matrix product over shifted slices: nn.Conv's gradient is slow inside a loop on CPU (JAX issue
-    12868), and under a vmap over seeds it becomes a grouped convolution, slow on GPU (JAX issue 13800).
-    """
-
-    features: int
-    size: int = 3
-    stride: int = 1
-
-    @nn.compact
-    def __call__(self, x):
-        def he_normal(key, shape):  # a matrix: on CPU random numbers in four dimensions compile for a second
-            return nn.initializers.he_normal()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
-
-        kernel = self.param("kernel", he_normal, (self.size, self.size, len(x), self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        height, width = (n - self.size + 1 for n in x.shape[1:3])
-        patches = jnp.concatenate([x[:, :, j : j + width : self.stride] for j in range(self.size)])
-        patches = jnp.concatenate([patches[:, i : i + height : self.stride] for i in range(self.size)])
-        shape = (self.features, *patches.shape[1:])
-        x = kernel.reshape(-1, self.features).T @ patches.reshape(len(patches), -1) + bias[:, None]
-        return x.reshape(shape)
+def start_emulators(config, keys, count):
+    """A pool of `count` emulators for each key, and their Games. It ends with the last reference to it: outlive its use."""
+    env, zeros = make_env(config, emulator_seeds(keys, count)), jnp.zeros((len(keys), count))
+    obs = jnp.asarray(env.reset()[0]).reshape(*zeros.shape, *env.observation_space.shape)
+    return env, Games(obs, zeros > 0, zeros, zeros + jnp.nan, zeros + jnp.nan)
 
 
-class Dense(nn.Module):
+def dense(x, features, kernel_init=nn.linear.default_kernel_init):
     """nn.Dense over the leading axis, [C, B] -> [features, B]."""
+    return nn.Einsum((len(x), features), "cb,cf->fb", kernel_init=kernel_init)(x)
 
-    features: int
-    kernel_init: Any = nn.initializers.lecun_normal()
 
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (len(x), self.features))
-        return kernel.T @ x + self.param("bias", nn.initializers.zeros, (self.features,))[:, None]
+def conv(x, features, size=3, stride=1, scale=2.0):
+    """nn.Conv without padding, [C, H, W, B] -> [features, H', W', B], as one matrix product over shifted slices: its own
+    gradient is slow inside a loop on CPU (JAX issue 12868), and when seeds are vmapped on GPU (JAX issue 13800)."""
+    height, width = (n - size + 1 for n in x.shape[1:3])
+    x = jnp.concatenate([x[:, :, j : j + width : stride] for j in range(size)])
+    x = jnp.concatenate([x[:, i : i + height : stride] for i in range(size)])
+    kernel_init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")  # 2: he_normal
+    return dense(x.reshape(len(x), -1), features, kernel_init).reshape(features, *x.shape[1:])
 
 
 class LayerNorm(nn.Module):
-    """nn.LayerNorm over the leading axis, [C, ...] -> [C, ...]."""
+    """nn.LayerNorm over the leading axis. Means and their spreading are matrix products: XLA's sums use one core of a CPU."""
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (len(x),))
-        bias = self.param("bias", nn.initializers.zeros, (len(x),))
-        return layer_norm(x.reshape(len(x), -1), scale, bias).reshape(x.shape)
+        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
+        y = y - spread @ (mean @ y)
+        y = y * (spread @ jax.lax.rsqrt(mean @ (y * y) + 1e-6))
+        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        return (y * scale + bias).reshape(x.shape)
 
 
-@jax.custom_vjp
-def layer_norm(x, scale, bias):
-    """Normalise x [C, B] over C. Means are matrix products, and the gradient needs two: reductions are slow on CPU."""
-    return layer_norm_forward(x, scale, bias)[0]
+def pad_same(x, size, stride=1, value=0.0):
+    """What the padding SAME adds to [C, H, W, B] for windows of a size and stride."""
+    excess = [max(0, (-(-n // stride) - 1) * stride + size - n) for n in x.shape[1:3]]
+    return jnp.pad(x, ((0, 0), *((n // 2, n - n // 2) for n in excess), (0, 0)), constant_values=value)
 
 
-def layer_norm_forward(x, scale, bias):
-    """The function, and what its gradient needs."""
-    mean = partial(jnp.dot, jnp.full(len(x), 1 / len(x)), precision="highest")
-    x = x - mean(x)
-    rate = jax.lax.rsqrt(mean(x * x) + 1e-6)
-    return x * rate * scale[:, None] + bias[:, None], (x * rate, rate, scale)
+def max_pool(x, size, stride):
+    """nn.max_pool with the padding SAME, [C, H, W, B] -> [C, H', W', B], as maxima of shifted slices, axis by axis."""
+    x, (height, width) = pad_same(x, size, stride, -jnp.inf), x.shape[1:3]
+    x = reduce(jnp.maximum, (x[:, i : i + height : stride] for i in range(size)))
+    return reduce(jnp.maximum, (x[:, :, j : j + width : stride] for j in range(size)))
 
 
-def layer_norm_backward(residuals, grad):
-    """The gradients for x, scale and bias."""
-    x, rate, scale = residuals
-    scaled_mean, product = partial(jnp.dot, scale / len(x), precision="highest"), grad * x
-    grad_x = rate * (grad * scale[:, None] - scaled_mean(grad) - x * scaled_mean(product))
-    return grad_x, product.sum(1), grad.sum(1)
-
-
-layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
+def hadamax(x, features, size, window, stride, norm):
+    """A block of the Hadamax encoder (Kooi et al. 2025, arXiv 2505.15345), [C, H, W, B] -> [features, H', W', B]: two
+    convolutions side by side, each normalised and through a GELU, their product, its maxima. One matrix makes both."""
+    both = conv(pad_same(x, size), 2 * features, size, scale=2 * len(x) / (len(x) + features))  # xavier_normal, each
+    return max_pool(reduce(jnp.multiply, (nn.gelu(norm()(x)) for x in jnp.split(both, 2))), window, stride)
 
 
 class QNetwork(nn.Module):
-    """Q(s, .) of bytes: [..., C, H, W] -> [..., A], after Mnih et al. (2015), with a normalisation layer before each ReLU.
+    """Q(s, .) of bytes: [..., C, H, W] -> [..., A]. Inside, features lead and the batch is last: long rows are fast on CPU."""
 
-    Inside, features lead and the batch is last: products and normalisation then run along long rows, fast on CPU.
-    """
-
+    config: Config
     num_actions: int
-    dueling: bool = False
-    norm_type: str = "layer_norm"
-    norm_input: bool = False
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, obs, train=False):
         batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
-        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.norm_type]
-        batch = x.shape[:-3]
-        x = jnp.moveaxis(x.reshape(-1, *x.shape[-3:]), 0, -1).astype(jnp.float32) / 255
-        x = batch_norm()(x) if self.norm_input else x
-        for features, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            x = nn.relu(norm()(Conv(features, size, stride)(x)))
-        x = x.reshape(-1, x.shape[-1])
-        x = nn.relu(norm()(Dense(512, nn.initializers.he_normal())(x)))
-        q_values = Dense(self.num_actions)(x)
-        q_values = Dense(1)(x) + q_values - q_values.mean(0) if self.dueling else q_values
-        return q_values.T.reshape(*batch, -1)
+        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.config.NORM_TYPE]
+        x = jnp.moveaxis(obs.reshape(-1, *obs.shape[-3:]), 0, -1).astype(jnp.float32) / 255
+        x, activation = batch_norm()(x) if self.config.NORM_INPUT else x, nn.relu
+        if self.config.ENCODER == "hadamax":
+            for features, size, window, stride in ((32, 8, 4, 4), (64, 4, 2, 2), (64, 3, 3, 1)):
+                x, activation = hadamax(x, features, size, window, stride, norm), nn.gelu
+        else:
+            for features, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+                x = nn.relu(norm()(conv(x, features, size, stride)))
+        x = activation(norm()(dense(x.reshape(-1, x.shape[-1]), 512, nn.initializers.he_normal())))
+        q_values = dense(x, self.num_actions)
+        q_values = dense(x, 1) + q_values - q_values.mean(0) if self.config.DUELING else q_values
+        return q_values.T.reshape(*obs.shape[:-3], -1)
+
+
+def make_network(config):
+    """The Q-network of a Config."""
+    return QNetwork(config, int(make_env(config).action_space.n))
 
 
 class Transition(NamedTuple):
@@ -326,41 +235,45 @@ class Transition(NamedTuple):
     obs: jax.Array  # bytes
     action: jax.Array
     reward: jax.Array  # clipped, where envpool clips
-    terminated: jax.Array  # the game ended or, with episodic_life, a life was lost
-    truncated: jax.Array  # the time limit ended the game
+    done: jax.Array  # the next step only resets: the time limit ended the game, or it
+    terminated: jax.Array  # ended by itself or, with episodic_life, a life was lost
     value: jax.Array  # max_a Q(s_t, a), by the parameters that acted
-    real: jax.Array  # false where the step only reset the emulator: nothing to learn from
+    mask: jax.Array  # false where the step only reset the emulator: nothing to learn from
+    game_over: jax.Array
+    returns: jax.Array  # of the full game so far, this step included: raw rewards
+    lengths: jax.Array
 
 
-class TrainState(struct.PyTreeNode):
-    """All that one seed needs to go on, but for its emulators; what a checkpoint holds."""
+class TrainState(NamedTuple):
+    """All that one seed needs to go on, but for its emulators, which start afresh; what a checkpoint holds."""
 
     key: jax.Array
-    update_steps: jax.Array
-    params: Any
-    batch_stats: Any  # running statistics of BatchNorm; empty without it
+    variables: Any  # the network's "params" and, where it has BatchNorm, its running "batch_stats"
     opt_state: Any
-    pool: jax.Array  # names the emulators that the fields below belong to; 0: none yet
-    obs: jax.Array  # [N + E, C, H, W]: training emulators, then test emulators
-    done: jax.Array  # [N + E], the next step only resets
-    game_return: jax.Array  # [N + E], raw rewards of the games under way
-    last_return: jax.Array  # [N + E], of the latest full game, NaN before the first ends
-    last_length: jax.Array
+
+
+class Games(NamedTuple):
+    """What emulators are at, each field [num_seeds, emulators, ...]: N that are learned from, then E for tests."""
+
+    obs: jax.Array
+    done: jax.Array  # the next step only resets
+    returns: jax.Array  # raw rewards of the games under way
+    last_returns: jax.Array  # of the latest full game, NaN before the first ends
+    last_lengths: jax.Array
 
 
 def epsilon_greedy(key, q_values, epsilon):
     """A random action with probability epsilon, else the greedy one. q_values: [..., A] -> actions [...]."""
     explore, choice = jax.random.uniform(key, (2, *q_values.shape[:-1]))
-    random_action = (choice * q_values.shape[-1]).astype(jnp.int32)
-    return jnp.where(explore < epsilon, random_action, q_values.argmax(-1))
+    return jnp.where(explore < epsilon, (choice * q_values.shape[-1]).astype(jnp.int32), q_values.argmax(-1))
 
 
 def q_lambda_targets(reward, discount, next_value, trace):
     """Q(lambda) returns (Peng's; arXiv 2407.04811, section 4), all arguments and the result [T, N].
 
-    G_t = r_t + discount_t * ((1 - trace_t) * V(s'_t) + trace_t * G_{t+1}), with V(s'_t) for G_{t+1} at the last step.
-    next_value: V(s'_t) = max_a Q(s'_t, a) of the state the action led to, before any reset;
-    discount: gamma * (1 - terminated); trace: lambda * (1 - done), done = terminated or truncated.
+    G_t = r_t + discount_t * ((1 - trace_t) * V(s'_t) + trace_t * G_{t+1}), with V(s'_t) for G_{t+1} at the last step;
+    next_value: V(s'_t) = max_a Q(s'_t, a) of the state that the action led to (any value where an episode terminated),
+    discount: gamma * (1 - terminated), trace: lambda * (1 - done).
     """
 
     def step(next_return, t):
@@ -378,493 +291,367 @@ def shuffle_minibatches(key, batch, num_minibatches):
     return jax.tree.map(lambda x: x[order], batch)
 
 
-def make_network(config):
-    """The Q-network of a Config."""
-    return QNetwork(int(make_env(config).action_space.n), config.DUELING, config.NORM_TYPE, config.NORM_INPUT)
+HUMAN = """Alien 227.8 7127.7, Amidar 5.8 1719.5, Assault 222.4 742, Asterix 210 8503.3, Asteroids 719.1 47388.7,
+Atlantis 12850 29028.1, BankHeist 14.2 753.1, BattleZone 2360 37187.5, BeamRider 363.9 16926.5, Berzerk 123.7 2630.4,
+Bowling 23.1 160.7, Boxing 0.1 12.1, Breakout 1.7 30.5, Centipede 2090.9 12017, ChopperCommand 811 7387.8,
+CrazyClimber 10780.5 35829.4, Defender 2874.5 18688.9, DemonAttack 152.1 1971, DoubleDunk -18.6 -16.4,
+Enduro 0 860.5, FishingDerby -91.7 -38.7, Freeway 0 29.6, Frostbite 65.2 4334.7, Gopher 257.6 2412.5,
+Gravitar 173 3351.4, Hero 1027 30826.4, IceHockey -11.2 0.9, Jamesbond 29 302.8, Kangaroo 52 3035, Krull 1598 2665.5,
+KungFuMaster 258.5 22736.3, MontezumaRevenge 0 4753.3, MsPacman 307.3 6951.6, NameThisGame 2292.3 8049,
+Phoenix 761.4 7242.6, Pitfall -229.4 6463.7, Pong -20.7 14.6, PrivateEye 24.9 69571.3, Qbert 163.9 13455,
+Riverraid 1338.5 17118, RoadRunner 11.5 7845, Robotank 2.2 11.9, Seaquest 68.4 42054.7, Skiing -17098.1 -4336.9,
+Solaris 1236.3 12326.7, SpaceInvaders 148 1668.7, StarGunner 664 10250, Surround -10 6.5, Tennis -23.8 -8.3,
+TimePilot 3568 5229.2, Tutankham 11.4 167.6, UpNDown 533.4 11693.2, Venture 0 1187.5, VideoPinball 16256.9 17667.9,
+WizardOfWor 563.5 4756.5, YarsRevenge 3092.9 54576.9, Zaxxon 32.5 9173.3"""
+HUMAN = {f"{game}-v5": (float(low), float(human)) for game, low, human in map(str.split, HUMAN.split(","))}
 
 
-def make_train(config):
-    """Build `train(keys)`: a whole run for each key, compiled as one program with all emulators (see its docstring)."""
+def test_scores(config, returns, lengths, unfinished):
+    """What is reported of test games, each argument [num_seeds, E], NaN where there is none: {name: [num_seeds]}."""
+    tests = {"returned_episode_returns": returns, "returned_episode_lengths": lengths, "unfinished": unfinished}
+    if config.ENV_NAME in HUMAN:
+        low, human = HUMAN[config.ENV_NAME]
+        tests["human_normalized_score"] = (returns - low) / (human - low)
+    return {f"test/{name}": jnp.nanmean(values, -1) for name, values in tests.items()}
+
+
+def make_pqn(config):
+    """PQN, as functions: init(key) of one seed, and, for the emulators of all seeds are one pool that is stepped as a
+    whole, update(env, state, games, i) of update number i and evaluate(state, keys), not traced, of all seeds."""
+    config = override(config)  # a copy: what is traced later does not see edits of the original
     network, obs_shape = make_network(config), make_env(config).observation_space.shape
-    num_envs, num_tests = config.NUM_ENVS, config.TEST_ENVS if config.TEST_DURING_TRAINING else 0
-    decay_updates = (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) // (config.NUM_ENVS * config.NUM_STEPS)
-    eps_updates = max(1, config.EPS_DECAY * decay_updates)
+    num_tests = config.TEST_ENVS * config.TEST_DURING_TRAINING  # beside training
+    decay = (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) // (config.NUM_ENVS * config.NUM_STEPS)  # updates
     grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
-    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, eps_updates)
-    lr_schedule = optax.linear_schedule(
-        config.LR, 0.0 if config.LR_LINEAR_DECAY else config.LR, decay_updates * grad_steps
-    )
+    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
+    lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
 
+    def init(key):
+        key, key_network = jax.random.split(key)
+        variables = network.init(key_network, jnp.zeros((1, *obs_shape), jnp.uint8))
+        return TrainState(key, variables, optimizer.init(variables["params"]))
+
     def each_seed(function, *args):
-        # Seeds take turns on CPU, where one device steps all emulators and it is as fast; elsewhere they are vmapped.
+        """Seeds take turns on CPU, where one device steps all emulators and it is as fast; elsewhere they are vmapped."""
         if jax.default_backend() == "cpu":
             return jax.lax.map(lambda args: function(*args), args)
         return jax.vmap(function)(*args)
 
-    def q_function(state, obs):
-        return network.apply({"params": state.params, "batch_stats": state.batch_stats}, obs)
+    def play(env, variables, games, keys, epsilon):
+        """One step of every emulator of all seeds: the games after it, and the Transition [num_seeds, emulators, ...]."""
+        q_values = each_seed(network.apply, variables, games.obs)
+        action = jax.vmap(epsilon_greedy, (0, 0, None))(keys, q_values, epsilon)
+        handle, _, _, step = env.xla()  # calls need no order: an action depends on the observation of the call before
+        result = jax.tree.map(lambda x: x.reshape(*action.shape, *x.shape[1:]), step(handle, action.reshape(-1))[1])
+        obs, reward, terminated, truncated, info = result
+        terminated |= info["terminated"] > 0  # the game's end, also in the step of a time-out, or a life's
+        over, lengths = truncated | (info["terminated"] > 0), info["elapsed_step"]
+        done, returns = terminated | truncated, games.returns + info["reward"]
+        transition = games.obs, action, reward, done, terminated, q_values.max(-1), ~games.done, over, returns, lengths
+        latest = jnp.where(over, returns, games.last_returns), jnp.where(over, lengths, games.last_lengths)
+        return Games(obs, done, returns * ~over, *latest), Transition(*transition)
 
-    def init(key):
-        key, key_network = jax.random.split(key)
-        obs, zeros = jnp.zeros((num_envs + num_tests, *obs_shape), jnp.uint8), jnp.zeros(num_envs + num_tests)
-        variables = network.lazy_init(key_network, jax.ShapeDtypeStruct(obs.shape, obs.dtype))
-        params = variables["params"]
-        return TrainState(
-            key=key, update_steps=jnp.int32(0), params=params, batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(params), pool=jnp.int32(0), obs=obs, done=zeros > 0, game_return=zeros,
-            last_return=zeros + jnp.nan, last_length=zeros + jnp.nan,
-        )  # fmt: skip
+    def evaluate(state, keys):
+        """The first full game of each of TEST_ENVS emulators of every seed, on a pool of its own: {name: [num_seeds]}."""
+        env, games = start_emulators(config, keys, config.TEST_ENVS)
 
-    def emulate(env, action):
-        """Step all emulators of a pool: actions [S, E] -> obs, raw and learned rewards, terminated, truncated, ...
+        def step(carry):
+            t, variables, games, playing, returns, lengths = carry
+            keys_act = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+            games, transition = play(env, variables, games, keys_act, config.EPS_TEST)
+            returns, lengths = jax.tree.map(partial(jnp.where, playing), transition[-2:], (returns, lengths))
+            return t + 1, variables, games, playing & ~transition.game_over, returns, lengths
 
-        Calls need no order of their own: an action depends on the observation of the call before.
-        """
-        handle, _, _, step = env.xla()
-        _, (obs, reward, terminated, truncated, info) = step(handle, action.reshape(-1))
-        terminated = terminated | (info["terminated"] > 0)  # a game that ends in the step of its time-out has ended
-        game_over = truncated | (info["terminated"] > 0)  # `terminated` may be a lost life
-        result = obs, reward, info["reward"], terminated, truncated, game_over, info["elapsed_step"]
-        return jax.tree.map(lambda x: x.reshape(*action.shape, *x.shape[1:]), result)
+        zeros, loop = jnp.zeros(games.done.shape), partial(jax.lax.while_loop, lambda carry: carry[3].any(), step)
+        *_, playing, returns, lengths = jax.jit(loop)((0, state.variables, games, zeros == 0, zeros, zeros))
+        return jax.block_until_ready(test_scores(config, returns, lengths, playing))
 
-    # ROLLOUT: of all seeds [S, ...] together, for their emulators are one pool, stepped flat
-    def rollout(env, state):
-        def act(state, key):
-            key_act, key_test = jax.random.split(key)
-            q_values = q_function(state, state.obs)
-            action = epsilon_greedy(key_act, q_values[:num_envs], epsilon_schedule(state.update_steps))
-            action_test = epsilon_greedy(key_test, q_values[num_envs:], config.EPS_TEST)
-            return jnp.concatenate([action, action_test]), q_values.max(-1)
-
-        def step(state, keys):
-            action, value = each_seed(act, state, keys)
-            obs, reward, score, terminated, truncated, game_over, length = emulate(env, action)
-            transition = Transition(state.obs, action, reward, terminated, truncated, value, ~state.done)
-            returns = state.game_return + score
-            state = state.replace(
-                obs=obs, done=terminated | truncated, game_return=returns * ~game_over,
-                last_return=jnp.where(game_over, returns, state.last_return),
-                last_length=jnp.where(game_over, length, state.last_length),
-            )  # fmt: skip
-            return state, jax.tree.map(lambda x: x[:, :num_envs], (transition, (game_over, returns, length)))
-
-        key, key_act = jnp.moveaxis(jax.vmap(jax.random.split)(state.key), 1, 0)
-        keys_act = jax.vmap(jax.random.split, (0, None), 1)(key_act, config.NUM_STEPS)
-        state, steps = jax.lax.scan(step, state.replace(key=key), keys_act)
-        return state, *jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), steps)
-
-    # TARGETS, of one seed from here on. The observation at a `done` is the final one, even where time ran out, and the
-    # reset comes one step later: V(s'_t) is the next step's value everywhere.
-    def targets(state, trajectory):
-        last_value = q_function(state, state.obs[:num_envs]).max(-1)
+    def targets(state, last_obs, trajectory):
+        """Targets, and a mask of what is learned from. The observation at a `done` is the final one, even where time ran
+        out, and the reset comes one step later: V(s'_t) is the next step's value everywhere."""
+        last_value = network.apply(state.variables, last_obs).max(-1)
         next_value = jnp.concatenate([trajectory.value[1:], last_value[None]])
-        discount = config.GAMMA * (1.0 - trajectory.terminated)
-        trace = config.LAMBDA * (1.0 - (trajectory.terminated | trajectory.truncated))
-        return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace)
+        discount, trace = config.GAMMA * (1.0 - trajectory.terminated), config.LAMBDA * (1.0 - trajectory.done)
+        return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace), trajectory.mask
 
-    # LEARNING
     def learn(state, minibatch):
-        obs, action, target, real = minibatch
-        weight = real / jnp.maximum(real.sum(), 1)  # a mean over the real transitions
+        """One gradient step."""
+        obs, action, target, mask = minibatch
 
         def loss(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
+            variables = state.variables | {"params": params}
             q_values, updated = network.apply(variables, obs, train=True, mutable=["batch_stats"])
-            q_action = jnp.sum(q_values * jax.nn.one_hot(action, q_values.shape[-1]), -1)
-            td_loss = 0.5 * jnp.sum(weight * jnp.square(q_action - target))
-            return td_loss, (jnp.sum(weight * q_action), updated.get("batch_stats", {}))
+            q_action = jnp.sum(q_values * jax.nn.one_hot(action, q_values.shape[-1]), -1)  # faster than to index
+            squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
+            return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
-        (td_loss, (qvals, batch_stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        state = state.replace(
-            params=optax.apply_updates(state.params, changes), batch_stats=batch_stats, opt_state=opt_state
-        )
-        return state, {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
+        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
+        changes, opt_state = optimizer.update(grads, state.opt_state)
+        params = optax.apply_updates(state.variables["params"], changes)
+        metrics = {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
+        return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
 
-    # ONE UPDATE
-    def update(state, trajectory, games):
-        game_over, returns, lengths = games
-        metrics = {
-            "epsilon": epsilon_schedule(state.update_steps),
-            "learning_rate": lr_schedule(state.update_steps * grad_steps),
-        }
-        batch = (trajectory.obs, trajectory.action, targets(state, trajectory), trajectory.real)
-        key, key_shuffle = jax.random.split(state.key)
+    def improve(i, state, key_epochs, last_obs, trajectory):
+        """One seed's part of update number i after the rollout: its targets and epochs of minibatches."""
+        batch = (trajectory.obs, trajectory.action, *targets(state, last_obs, trajectory))
 
         def epoch(state, key):
             return jax.lax.scan(learn, state, shuffle_minibatches(key, batch, config.NUM_MINIBATCHES))
 
-        state, losses = jax.lax.scan(epoch, state.replace(key=key), jax.random.split(key_shuffle, config.NUM_EPOCHS))
-        state = state.replace(update_steps=state.update_steps + 1)
-        metrics |= jax.tree.map(jnp.mean, losses)
-        metrics["reset_steps"] = jnp.mean(~trajectory.real)
-        metrics["returned_episode_returns"] = jnp.sum(returns * game_over) / jnp.sum(game_over)  # NaN where none ended
-        metrics["returned_episode_lengths"] = jnp.sum(lengths * game_over) / jnp.sum(game_over)
-        if config.TEST_DURING_TRAINING:
-            metrics |= test_scores(state.last_return[num_envs:], state.last_length[num_envs:])
-        return state, metrics | {"update_steps": state.update_steps}
+        state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
+        metrics = {"epsilon": epsilon_schedule(i), "learning_rate": lr_schedule(i * grad_steps)}
+        metrics |= jax.tree.map(jnp.mean, losses) | {"reset_steps": jnp.mean(~trajectory.mask)}
+        for name in ("returns", "lengths"):  # of the games that ended; NaN where none did
+            metrics[f"returned_episode_{name}"] = jnp.mean(getattr(trajectory, name), where=trajectory.game_over)
+        frames = config.NUM_ENVS * config.NUM_STEPS * config.ENV_KWARGS["frame_skip"]  # of one update
+        return state, metrics | {"env_frame": (i + 1) * jnp.int32(frames)}
 
-    # EVALUATION
-    def test_scores(returns, lengths):
-        ended = ~jnp.isnan(returns)
-        scores = {
-            "test/returned_episode_returns": jnp.nanmean(returns),
-            "test/returned_episode_lengths": jnp.nanmean(lengths),
-            "test/unfinished": jnp.sum(~ended).astype(jnp.float32),
-        }
-        if config.ENV_NAME in HUMAN:
-            low, human = HUMAN[config.ENV_NAME]
-            scores["test/human_normalized_score"] = (scores["test/returned_episode_returns"] - low) / (human - low)
-        return scores
+    def update(env, state, games, i):
+        """Update number i of all seeds: a rollout of all emulators, what is learned from it, the latest test games."""
+        key, key_rollout, key_epochs = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(state.key)
+        keys_step = jax.vmap(partial(jax.random.split, num=config.NUM_STEPS), out_axes=1)(key_rollout)
+        epsilon = jnp.append(jnp.full(config.NUM_ENVS, epsilon_schedule(i)), jnp.full(num_tests, config.EPS_TEST))
+        games, trajectory = jax.lax.scan(partial(play, env, state.variables, epsilon=epsilon), games, keys_step)
+        trajectory = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, : config.NUM_ENVS], 1, 0), trajectory)  # seeds first
+        last_obs, state = games.obs[:, : config.NUM_ENVS], state._replace(key=key)
+        state, metrics = each_seed(partial(improve, i), state, key_epochs, last_obs, trajectory)
+        returns, lengths = games.last_returns[:, config.NUM_ENVS :], games.last_lengths[:, config.NUM_ENVS :]
+        return state, games, metrics | test_scores(config, returns, lengths, 1.0 * jnp.isnan(returns))
 
-    def test(state):
-        """TEST_ENVS full games of every seed after training, on emulators of their own: [num_seeds] each."""
-        keys = jax.vmap(partial(jax.random.fold_in, data=2**31 - 1))(state.key)  # a child that no split makes
-        env = make_env(config, emulator_seeds(keys, config.TEST_ENVS))
-        zeros = jnp.zeros((len(keys), config.TEST_ENVS))
+    return init, update, evaluate
 
-        def act(state, key, obs):
-            return epsilon_greedy(key, q_function(state, obs), config.EPS_TEST)
 
-        def step(state, carry):
-            keys, obs, game_return, returns, lengths = carry
-            keys, keys_act = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-            obs, _, score, _, _, game_over, length = emulate(env, each_seed(act, state, keys_act, obs))
-            first, game_return = game_over & jnp.isnan(returns), game_return + score
-            return keys, obs, game_return, jnp.where(first, game_return, returns), jnp.where(first, length, lengths)
+def make_train(config):
+    """train(keys): a whole run of one seed per key, metrics [num_seeds, NUM_UPDATES]. Emulators are outside of JAX, one
+    pool for all seeds: train is a loop over compiled updates, not a pure function, and not to be jitted or vmapped."""
+    config = override(config)
 
-        def play(state, obs):
-            carry = keys, obs.reshape(*zeros.shape, *obs_shape), zeros, zeros + jnp.nan, zeros + jnp.nan
-            carry = jax.lax.while_loop(lambda carry: jnp.isnan(carry[3]).any(), partial(step, state), carry)
-            return jax.vmap(test_scores)(*carry[3:])
+    def train(keys):
+        (state, update_seeds), metrics = start_seeds(config, keys), []
+        for i in range(config.NUM_UPDATES):
+            state, metrics_i = update_seeds(state, i)
+            metrics.append(metrics_i)
+        return {"runner_state": state, "metrics": jax.tree.map(lambda *x: np.stack(x, 1), *metrics)}
 
-        return jax.block_until_ready(jax.jit(play)(state, env.reset()[0]))  # the emulators must outlive the play
-
-    # THE WHOLE RUN: a scan over updates of all seeds
-    def update_seeds(env, state):
-        return each_seed(update, *rollout(env, state))
-
-    def updates(env, state, active):
-        step, idle = partial(update_seeds, env), lambda state: (state, nan_like(shapes))
-        _, shapes = jax.eval_shape(step, state)
-        return jax.lax.scan(lambda state, active: jax.lax.cond(active, step, idle, state), state, active)
-
-    pool = {}  # the emulators in use, and the program compiled for them
-
-    def connect(state):
-        """The state, every leaf [S, ...], with emulators that start afresh."""
-        num_seeds = len(state.update_steps)
-        if not pool or pool["stepped"] or pool["num_seeds"] != num_seeds:
-            env = make_env(config, emulator_seeds(state.key, num_envs + num_tests))
-            updates_env = jax.jit(partial(updates, env), donate_argnums=0)
-            obs = env.reset()[0].reshape(num_seeds, -1, *obs_shape)
-            pool.update(name=time.time_ns() % 2**30, num_seeds=num_seeds, obs=obs, updates=updates_env, stepped=False)
-        state = state.replace(obs=jnp.asarray(pool["obs"]), done=jnp.zeros_like(state.done))
-        state = state.replace(game_return=jnp.zeros_like(state.game_return))
-        return state.replace(pool=jnp.full(num_seeds, pool["name"]))
-
-    def train(keys=None, state=None, num_updates=config.NUM_UPDATES, length=None):
-        """Train one agent per key (`keys` [num_seeds]), or go on from `state`, which is consumed, for `num_updates`.
-
-        Returns {"runner_state": every leaf [num_seeds, ...], "metrics": each [num_seeds, num_updates]}. Keys get
-        emulators of their own, and so does a state whose emulators are gone or have moved on (from a checkpoint, or from
-        before the latest call). The program is compiled for its emulators; calls of equal `length` >= num_updates share it.
-        """
-        if keys is not None:
-            pool.clear()
-            state = jax.jit(jax.vmap(init))(keys)
-        if not pool or int(state.pool[0]) != pool["name"]:
-            state = connect(state)
-        active = jnp.arange(length or num_updates) < num_updates
-        state, metrics = jax.block_until_ready(pool["updates"](state, active))  # the emulators must outlive their use
-        pool["stepped"] |= num_updates > 0
-        pool["name"] += num_updates  # a copy of the state before is no longer theirs
-        state = state.replace(pool=jnp.full_like(state.pool, pool["name"]))
-        return {"runner_state": state, "metrics": jax.tree.map(lambda x: x[:num_updates].T, metrics)}
-
-    vars(train).update(init=init, connect=connect, rollout=rollout)
-    vars(train).update(targets=targets, learn=learn, update=update, test=test)
     return train
 
 
-def counters(config, update_steps):
-    """Steps after so many updates, counted in Python: exact at any length."""
-    env_step = update_steps * config.NUM_ENVS * config.NUM_STEPS
-    grad_steps = update_steps * config.NUM_EPOCHS * config.NUM_MINIBATCHES
-    return {
-        "env_step": env_step,
-        "env_frame": env_step * config.ENV_KWARGS.get("frame_skip", 4),
-        "grad_steps": grad_steps,
-    }
-
-
-def nan_like(shapes):
-    """A tree of NaN, 0 where integer, of the given shapes."""
-    value = {True: jnp.nan, False: 0}
-    return jax.tree.map(lambda x: jnp.full(x.shape, value[jnp.issubdtype(x.dtype, jnp.floating)], x.dtype), shapes)
+# Scores of a random policy and of a human by game (Wang et al., 2016, arXiv 1511.06581, and DQN Zoo), 30 no-op starts.
 
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
 
-CHECKPOINT_SECONDS = 600  # no more than this is lost, whatever CHECKPOINT_INTERVAL is
+SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_atari_envpool.py")).stem)  # copies have their own
+FIXED = ("SEED", "NUM_SEEDS", "alg.ENV_NAME", "alg.NUM_ENVS", "alg.NUM_STEPS")  # cannot change when a run is resumed
+Folder = Annotated[str, BeforeValidator(lambda path: path and str(path))]
+Saved = Annotated[str, BeforeValidator(lambda path: path and os.path.abspath(str(path))), Field(pattern=r"^[^\[\]]*$")]
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class Settings:
-    """The arguments of `run`, root keys on the command line. Raises UserError if wrong."""
+    """The arguments of `run`, root keys on the command line."""
 
-    SEED: int = 0  # seed i of a run trains with jax.random.split(jax.random.key(SEED), NUM_SEEDS)[i]
-    NUM_SEEDS: int = 1  # trained together in one program
-    SAVE_PATH: str | None = "runs"  # where the run's folder is made; null: nothing is written
-    RESUME: str | None = None  # a run's folder, or latest; its configuration is the folder's
-    LOG_INTERVAL: int | None = None  # in updates, a logged row is their mean; null: a 1,000th of the run
-    CHECKPOINT_INTERVAL: int | None = None  # in updates, null: a 20th of the run; every ten minutes, too
-    WANDB_MODE: str = "disabled"  # online, offline or disabled
+    SEED: Annotated[int, Field(ge=0, lt=2**32)] = 0  # seed i has the key jax.random.split(key(SEED), NUM_SEEDS)[i]
+    NUM_SEEDS: PositiveInt = 1  # trained together in one program
+    SAVE_PATH: Saved = Field("runs", validate_default=True)  # of runs' folders; orbax cannot read below one with [ or ]
+    RESUME: Folder | None = None  # a run's folder, or latest: its configuration, with what is overridden
+    LOG_INTERVAL: PositiveInt | None = None  # in updates; null: a 1,000th of the run
+    CHECKPOINT_INTERVAL: PositiveInt | None = None  # in updates; null: a 20th of the run
+    WANDB_MODE: Literal["online", "offline", "disabled"] = "disabled"
     ENTITY: str | None = None  # wandb's
     PROJECT: str = "pqn"  # wandb's
     WANDB_LOG_ALL_SEEDS: bool = False  # each seed's curves as rng<i>/... beside their mean
-    COMPILATION_CACHE: str | None = "~/.cache/pqn"  # folder of JAX's persistent cache, if it has none; null: no cache
-
-    def __post_init__(self):
-        self.SAVE_PATH, self.RESUME = (path and str(path) for path in (self.SAVE_PATH, self.RESUME))
-        check(self, "SEED", not isinstance(self.SEED, int) or self.SEED < 2**63, "below 2**63")
-        for key, low in {"SEED": 0, "NUM_SEEDS": 1, "LOG_INTERVAL": 1, "CHECKPOINT_INTERVAL": 1}.items():
-            value = getattr(self, key)
-            valid = isinstance(value, int) and value >= low or value is None and key.endswith("INTERVAL")
-            check(self, key, valid, f"a whole number of at least {low}")
-        modes = ("online", "offline", "disabled")
-        check(self, "WANDB_MODE", self.WANDB_MODE in modes, "online, offline or disabled")
+    COMPILATION_CACHE: Folder | None = "~/.cache/pqn"  # JAX's persistent cache, if it has none yet; null: none
 
 
-class Agent(NamedTuple):
-    """A trained agent: `network.apply(jax.tree.map(lambda x: x[i], variables), ...)` is QNetwork with seed i's parameters."""
+def start_seeds(config, keys):
+    """The state of one seed per key, every leaf [num_seeds, ...], and update(state, i) compiled for all of them. Their
+    emulators start here, one pool on one device, and end with `update`; the last update evaluates where tests are due."""
+    init, update, evaluate = make_pqn(config)
+    state = jax.jit(partial(jax.lax.map, init))(keys)  # never vmapped, as in the other scripts
+    env, games = start_emulators(config, keys, config.NUM_ENVS + config.TEST_ENVS * config.TEST_DURING_TRAINING)
+    compiled = jax.jit(partial(update, env), donate_argnums=(0, 1)).lower(state, games, 0).compile()
 
-    config: Config
-    network: nn.Module
-    variables: Any  # {"params": ..., "batch_stats": ...}, every leaf [num_seeds, ...]
+    def update_seeds(state, i, env=env):  # which keeps the emulators
+        nonlocal games
+        state, games, metrics = compiled(state, games, i)
+        if i + 1 == config.NUM_UPDATES and config.TEST_ENVS and (np.asarray(metrics["test/unfinished"]) != 0).any():
+            metrics |= evaluate(state, jax.vmap(partial(jax.random.fold_in, data=2**31 - 1))(keys))
+        return state, metrics
 
-
-def load(folder):
-    """The Agent in a run's folder. Raises UserError where none can be read."""
-    from safetensors.numpy import load_file
-
-    config = Config(**read_settings(folder)["alg"])
-    try:
-        flat = load_file(Path(folder) / "params.safetensors")
-    except Exception as error:
-        raise UserError(f"{folder}: params.safetensors cannot be read ({error})") from None
-    return Agent(config, make_network(config), traverse_util.unflatten_dict(flat, sep="."))
+    return state, update_seeds
 
 
-def read_settings(folder):
-    """The config.yaml of a run's folder. Raises UserError where it cannot be read."""
-    from omegaconf import OmegaConf
+def run(config=None, **settings):
+    """Train, log, save and evaluate: what the command line does. `settings`: see Settings, with RESUME by default that run's.
+    Returns {"runner_state": every leaf [NUM_SEEDS, ...], "metrics": the table of what was logged, "score": the mean over
+    seeds of the last evaluation, "folder"}. On Ctrl-C or SIGTERM it saves, then raises KeyboardInterrupt or SystemExit."""
+    if folder := settings.get("RESUME"):
+        folder, saved_config, saved, _ = read_run(folder, settings.get("SAVE_PATH", "runs"))
+        config, settings = config or saved_config, vars(saved) | settings
+    config, settings = config or Config(), Settings(**settings)
+    num_seeds, num_updates, steps = settings.NUM_SEEDS, config.NUM_UPDATES, config.NUM_ENVS * config.NUM_STEPS
+    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
+    checkpoint_interval = settings.CHECKPOINT_INTERVAL or max(1, num_updates // 20)
+    if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
+    if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
+        print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
+    print(f"Compiling for {jax.local_device_count()} x {jax.devices()[0].device_kind} ...", flush=True)
+    state, update_seeds = start_seeds(config, jax.random.split(jax.random.key(settings.SEED), num_seeds))
+    now = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{time.time_ns() % 10**9:09}"  # unique
+    folder = folder or Path(settings.SAVE_PATH, f"{SCRIPT}_{config.TASK}_s{settings.SEED}", now).resolve()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    checkpoints = ocp.CheckpointManager(folder / "checkpoints", options=options)
+    i, rows, pending, diverged = checkpoints.latest_step() or 0, [], [], np.full(num_seeds, False)  # i updates done
+    if i:
+        state = checkpoints.restore(i, args=ocp.args.StandardRestore(state))
+        table = pd.read_csv(folder / "metrics.csv").query("update_steps <= @i")
+        rows = [table.astype({name: np.float32 for name in table.select_dtypes("float")})]  # as they were written
+    write_run(folder, config, settings)
+    log = attempt(start_wandb, config, settings, folder) if settings.WANDB_MODE != "disabled" else None
+    stop, last, start = False, time.time(), time.time() - (float(rows[0].time.max()) if rows else 0)
+    counts = {"initial": i * steps * num_seeds, "total": num_updates * steps * num_seeds, "unit_scale": True}
+    with catch_signals() as signals, tqdm(desc=config.TASK, unit="step", **counts) as bar:
+        while i < num_updates and not stop:
+            state, metrics = update_seeds(state, i)
+            jax.block_until_ready(pending[-1:])  # the update before: two at most are under way, a signal is soon heard
+            i, pending, stop = i + 1, [*pending, metrics], bool(signals)
+            if i % log_interval and i < num_updates and not stop:
+                continue
+            values, now = average(jax.device_get(pending)), time.time()
+            row = {"seed": np.arange(num_seeds), "update_steps": i, "env_step": i * steps}
+            row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "time": np.float32(now - start)}
+            row |= {"sps": np.float32(len(pending) * steps * num_seeds / (now - last))}
+            rows.append(pd.DataFrame(row | values))
+            bar.update(len(pending) * steps * num_seeds)
+            bar.set_postfix_str(f"return {values['returned_episode_returns'].mean():.2f}")
+            if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
+                bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
+                diverged |= news
+            if log:
+                attempt(log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
+            if i - (checkpoints.latest_step() or 0) >= checkpoint_interval or i == num_updates or stop:
+                attempt(save, folder, checkpoints, state, rows, i)
+            pending, last = [], time.time()
+    checkpoints.close()
+    if signals:
+        print(f"Stopped after {i} of {num_updates} updates; go on with", shlex.quote(f'RESUME="{folder}"'))
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-    try:
-        saved = OmegaConf.to_container(OmegaConf.load(Path(folder) / "config.yaml"))
-        if saved["script"] != SCRIPT:
-            raise UserError(f"{folder} is a run of {saved['script']}, not of {SCRIPT}")
-        return saved | {"alg": asdict(Config(**saved["alg"]))}
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder} is not the folder of a run: its config.yaml cannot be read ({error})") from None
+    table = pd.concat(rows, ignore_index=True)
+    attempt(draw, table, f"{config.ALG_NAME} on {config.TASK}", folder / "learning_curve.png")
+    final = table[table.update_steps == i].filter(regex="returned|test/")
+    print(final.agg(["mean", "min", "max"]).T.to_string(float_format="%.2f"), f"Run folder: {folder}", sep="\n")
+    score = float(final["test/returned_episode_returns"].mean())
+    return {"runner_state": state, "metrics": table, "score": score, "folder": folder}
 
 
-def write_settings(folder, config, settings):
-    """Write config.yaml, with command, versions and device, and a copy of this script beside it."""
-    from omegaconf import OmegaConf
+def average(updates):
+    """What is logged of some updates, {name: [num_seeds]}: means, of returns where an episode ended, and the last test."""
+    tables = {name: pd.DataFrame([metrics[name] for metrics in updates]) for name in updates[0]}
+    means = {name: table.mean(skipna=name.startswith("returned_")) for name, table in tables.items()}
+    return means | {name: x.ffill().iloc[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
 
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
-    about = {"script": SCRIPT, "task": config.TASK, "command": shlex.join(sys.argv)}
-    about |= {"device": jax.devices()[0].device_kind, "versions": versions}
-    if settings.RESUME:  # what began it stays on record
-        began = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        about |= {"command": began["command"], "resumed": [*began.get("resumed", []), about["command"]]}
-    OmegaConf.save(asdict(settings) | {"alg": asdict(config)} | about, folder / "config.yaml.new")
-    os.replace(folder / "config.yaml.new", folder / "config.yaml")
-    if "__file__" in globals() and not (folder / f"{SCRIPT}.py").exists():
+
+def write_run(folder, config, settings):
+    """Write config.yaml and, at first, this script into a run's folder."""
+    about = {"script": SCRIPT, "task": config.TASK, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    begun = (folder / "config.yaml").exists()
+    about["commands"] = [*(read_run(folder)[-1]["commands"] if begun else ()), shlex.join(sys.argv)]
+    content = vars(settings) | {"RESUME": None, "alg": vars(config), "about": about}
+    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
+    if "__file__" in globals() and not begun:
         shutil.copy(__file__, folder / f"{SCRIPT}.py")
 
 
-def run_folder(config, settings):
-    """The folder to resume, or a new one, <SAVE_PATH>/<script>_<task>_s<SEED>/<time>_<unique>, or None."""
-    if settings.RESUME == "latest":
-        folders = [path.parent for path in Path(settings.SAVE_PATH or "runs").glob(f"{SCRIPT}_*/*/config.yaml")]
-        if not folders:
-            raise UserError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={settings.SAVE_PATH}")
-        return max(folders, key=lambda folder: folder.name)
-    if settings.RESUME or not settings.SAVE_PATH:
-        return Path(settings.RESUME) if settings.RESUME else None
-    try:
-        parent = Path(settings.SAVE_PATH) / f"{SCRIPT}_{config.TASK}_s{settings.SEED}"
-        folder = parent / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(4)}"
-        folder.mkdir(parents=True)
-        return folder
-    except OSError as error:
-        raise UserError(f"SAVE_PATH={settings.SAVE_PATH} cannot be written: {error.strerror}") from None
+def read_run(folder, save_path="", changes=()):
+    """A run's folder (or the latest one's), Config, Settings and facts, with changes (("alg.LR", 1e-3), ...) merged."""
+    if folder == "latest":
+        configs = sorted(Path(save_path).glob(f"{SCRIPT}_*/*/config.yaml"), key=lambda path: path.parent.name)
+        if not configs:
+            raise FileNotFoundError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={save_path}")
+        folder = configs[-1].parent
+    values = OmegaConf.load(Path(folder, "config.yaml"))
+    for key, value in changes:
+        before = OmegaConf.select(values, key)
+        if key in FIXED and value != before or key == "alg.TOTAL_TIMESTEPS" and value < before:
+            raise ValueError(f"{key}={value} contradicts RESUME={folder}, which has {before}")
+        OmegaConf.update(values, key, value, force_add=True)
+    values = OmegaConf.to_container(values)
+    alg, about = values.pop("alg"), values.pop("about")
+    return Path(folder).resolve(), Config(**alg), Settings(**values), about
 
 
-def resumed(folder, config, given):
-    """The Config and Settings of the run in `folder`. Raises UserError where those given contradict it."""
-    saved = read_settings(folder)
-    if (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists():
-        raise UserError(f"RESUME={folder}: its checkpoints are gone")
-    pairs = {key: (given[key], saved[key]) for key in ("SEED", "NUM_SEEDS") if key in given}
-    pairs |= {key: (value, saved["alg"][key]) for key, value in (asdict(config) if config else {}).items()}
-    for key, (value, before) in pairs.items():
-        if value != before and (key != "TOTAL_TIMESTEPS" or value < before):
-            allowed = "only TOTAL_TIMESTEPS may change, to train for longer"
-            raise UserError(f"{key}={value!r} contradicts {folder}, which has {before!r}: {allowed}")
-    settings = {f.name: saved[f.name] for f in fields(Settings) if f.name not in ("SAVE_PATH", "RESUME")}
-    return config or Config(**saved["alg"]), Settings(**settings | given)
-
-
-def attempt(what, function, *args, **kwargs):
-    """Call what must not harm training where it fails (a log, a save, a plot): the failure becomes a warning."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        print(f"Warning: {what} failed, training goes on: {type(error).__name__}: {reason}", file=sys.stderr)
-
-
-def save(folder, checkpoints, state, rows):
-    """Bring metrics.csv, params.safetensors and the checkpoints up to date, each by an atomic rename."""
-    import orbax.checkpoint as ocp
-    from safetensors.numpy import save_file
-
-    save_metrics(folder, rows)
-    variables = jax.tree.map(np.asarray, {"params": state.params, "batch_stats": state.batch_stats})
+def save(folder, checkpoints, state, rows, done):
+    """Bring metrics.csv, params.safetensors and the checkpoints up to date."""
+    variables = jax.device_get(state.variables)
+    pd.concat(rows).to_csv(folder / "metrics.csv.new", index=False)
     save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
-    os.replace(folder / "params.safetensors.new", folder / "params.safetensors")
-    checkpoints.save(int(state.update_steps[0]), args=ocp.args.StandardSave(state))
+    for name in ("metrics.csv", "params.safetensors"):  # whole or not at all
+        os.replace(folder / f"{name}.new", folder / name)
+    checkpoints.save(done, args=ocp.args.StandardSave(state), force=True)
 
 
-def save_metrics(folder, rows):
-    """Write metrics.csv."""
-    table = {"seed": np.tile(np.arange(len(rows[0]["td_loss"])), len(rows))}
-    table |= {name: values.T.flatten() for name, values in columns(rows).items()}
-    with open(folder / "metrics.csv.new", "w", newline="") as file:
-        csv.writer(file).writerows([table, *zip(*table.values(), strict=True)])
-    os.replace(folder / "metrics.csv.new", folder / "metrics.csv")
+def load(folder):
+    """The Config of a run, its QNetwork and that network's variables, every leaf [num_seeds, ...]."""
+    _, config, *_ = read_run(folder)
+    variables = load_file(Path(folder) / "params.safetensors")
+    return config, make_network(config), traverse_util.unflatten_dict(variables, sep=".")
 
 
-def columns(rows):
-    """Logged rows by name, each [num_seeds, rows], NaN where a row lacks one: a final evaluation is only in the last."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.stack([row.get(name, np.full_like(row["td_loss"], np.nan)) for row in rows], 1) for name in names}
-
-
-def restore(folder, checkpoints, state):
-    """The newest checkpoint that can be read, and the rows of metrics.csv up to it."""
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
-    steps = sorted(checkpoints.all_steps(), reverse=True)
-    for newer, step in enumerate(steps):
-        if restored := attempt(f"reading checkpoint {step}", checkpoints.restore, step, args=args):
-            for unreadable in steps[:newer]:  # orbax saves nothing that is older than its newest
-                checkpoints.delete(unreadable)
-            return restored, attempt("reading metrics.csv", read_metrics, folder, step, len(state.key)) or []
-    if steps:
-        raise UserError(f"RESUME={folder}: none of its checkpoints can be read")
-    print(f"{folder} has no checkpoint yet: starting over")
-    return state, []
-
-
-def read_metrics(folder, step, num_seeds):
-    """The rows of metrics.csv up to an update."""
-    read = {"delimiter": ",", "names": True, "dtype": None, "deletechars": "", "replace_space": " "}
-    table = np.atleast_1d(np.genfromtxt(folder / "metrics.csv", **read))
-    table = table[table["update_steps"] <= step].reshape(-1, num_seeds)
-    values = {key: table[key] for key in table.dtype.names if key != "seed"}
-    values = {key: x.astype(np.int64 if x.dtype.kind == "i" else np.float32) for key, x in values.items()}
-    return [{key: x[i] for key, x in values.items()} for i in range(len(table))]
-
-
-def nanmean(x, axis=None):
-    """The mean of what is not NaN, NaN where nothing is."""
-    count = np.sum(~np.isnan(x), axis)
-    return np.where(count > 0, np.nansum(x, axis) / np.maximum(count, 1), np.nan).astype(x.dtype)
-
-
-def logged(metrics):
-    """What is logged of some updates, [num_seeds, updates] -> [num_seeds]: means, of episodes where any ended (else NaN),
-    and the last evaluation."""
-    tested = np.flatnonzero(np.isfinite(metrics.get("test/unfinished", [[]])).all(0))[-1:]
-    tests = {key: x[:, tested] for key, x in metrics.items() if key.startswith("test/")}
-    means = {key: np.mean if key in ("td_loss", "qvals", "grad_norm") else nanmean for key in metrics}
-    return {key: means[key](x, axis=1) for key, x in (metrics | tests).items() if key != "update_steps"}
-
-
-def start_wandb(config, folder, settings):
-    """Open the run's wandb log: offline if wandb cannot be reached, the same one again after RESUME."""
+def start_wandb(config, settings, folder):
+    """Open the run's wandb log, the same one again after RESUME."""
     import wandb
 
-    name = "_".join(folder.resolve().parts[-2:]) if folder else None
-    options = {"project": settings.PROJECT, "entity": settings.ENTITY, "name": name, "id": name, "resume": "allow"}
-    options |= {"dir": folder, "config": asdict(settings) | asdict(config)}
-    try:
-        return wandb.init(mode=settings.WANDB_MODE, **options)
-    except Exception as error:
-        print(f"Warning: wandb cannot be reached, logging offline: {error}", file=sys.stderr)
-        return wandb.init(mode="offline", **options)
+    options = {"project": settings.PROJECT, "entity": settings.ENTITY, "mode": settings.WANDB_MODE, "dir": folder}
+    options |= {"name": folder.parent.name, "id": folder.name, "resume": "allow", "reinit": "finish_previous"}
+    return wandb.init(config=vars(settings) | vars(config), **options)
 
 
 def log_wandb(log, row, all_seeds):
     """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
-    values = {key: nanmean(column) for key, column in row.items()}
-    values |= {f"rng{i}/{key}": x for key, column in row.items() for i, x in enumerate(column) if all_seeds}
-    log.log({key: float(x) for key, x in values.items() if np.isfinite(x)}, step=int(row["update_steps"][0]))
+    each = row.set_index("seed").unstack().dropna() if all_seeds else {}
+    values = row.drop(columns="seed").mean().dropna().to_dict()
+    values |= {f"rng{seed}/{name}": x for (name, seed), x in each.items()}
+    log.log(values, step=int(values["update_steps"]))
 
 
-def learning_curve(metrics, title):
-    """A PNG of returns against steps: interquartile mean over seeds, with a 95% bootstrap confidence band."""
-    from matplotlib.figure import Figure
-    from scipy.stats import trim_mean
-
-    figure, num_seeds = Figure(figsize=(7, 4.5), layout="constrained"), len(metrics["env_step"])
-    axes, resamples = figure.subplots(), np.random.default_rng(0).integers(num_seeds, size=(200, num_seeds))
-    won = "returned_won_episode" in metrics  # what a battle is about
-    name, shown = ("returned_won_episode", "battles won") if won else ("returned_episode_returns", "episode return")
-    for key, label in ((name, "training"), (f"test/{name}", "evaluation")):
-        known = np.flatnonzero(np.isfinite(metrics.get(key, np.full((1, 1), np.nan))).all(0))
-        points = np.array_split(known, max(1, min(len(known), 200)))  # at most 200, each of adjacent rows
-        steps = [metrics["env_step"][0, point].mean() for point in points if len(known)]
-        values = np.array([metrics[key][:, point].mean(1) for point in points if len(known)]).reshape(-1, num_seeds)
-        (line,) = axes.plot(steps, trim_mean(values, 0.25, axis=1), label=label, marker=".")
-        band = np.percentile(trim_mean(values[:, resamples], 0.25, axis=2), (2.5, 97.5), axis=1)
-        axes.fill_between(steps, *band, color=line.get_color(), alpha=0.25, linewidth=0)
-    ylabel = shown + (f" (IQM and 95% CI of {num_seeds} seeds)" if num_seeds > 1 else "")
-    axes.set(title=title, xlabel="environment steps", ylabel=ylabel)
-    axes.legend(), axes.grid(alpha=0.3)
-    figure.savefig(png := io.BytesIO(), format="png", dpi=120)
-    return png.getvalue()
+def draw(table, title, path):
+    """A PNG of returns (or wins) against steps: interquartile mean over seeds, with a 95% bootstrap interval."""
+    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    name = "returned_won_episode" if "returned_won_episode" in table else "returned_episode_returns"
+    table = table.assign(step=pd.cut(table.env_step, 100).map(lambda interval: interval.mid))  # at most 100 points
+    points = table.melt(["seed", "step"], [name, f"test/{name}"]).groupby(["variable", "seed", "step"], observed=True)
+    options = {"hue": "variable", "estimator": partial(trim_mean, proportiontocut=0.25), "n_boot": 200, "marker": "."}
+    sns.lineplot(points.mean().reset_index(), x="step", y="value", ax=axes, **options)
+    axes.set(title=title, xlabel="environment steps", ylabel="mean over episodes (IQM and 95% CI over seeds)")
+    axes.figure.savefig(path, dpi=120)
+    if "ipykernel" in sys.modules:  # a notebook
+        sys.modules["IPython"].display.display(sys.modules["IPython"].display.Image(filename=path))
 
 
-def print_scores(columns):
-    """A line per metric: its mean over seeds, and the first ten seeds' values; columns: name -> [num_seeds]."""
-    for name, values in columns.items():
-        each = ", ".join(f"{x:.2f}" for x in values[:10]) + (", ..." if len(values) > 10 else "")
-        print(f"{name:30} {nanmean(values):10.2f}" + (f"  over seeds: {each}" if len(values) > 1 else ""))
+def attempt(function, *args):
+    """Call what must not harm training where it fails (a log, a save, a plot): the failure becomes a warning."""
+    try:
+        return function(*args)
+    except Exception as error:
+        print(f"Warning: {function.__name__} failed, training goes on: {error!r}", file=sys.stderr)
 
 
 @contextmanager
 def catch_signals():
-    """Collect Ctrl-C, SIGTERM and SIGUSR2 (SLURM's, before the time is up) in a list; the second one stops at once."""
-    received, previous = [], {}
+    """Collect Ctrl-C, SIGTERM and SLURM's SIGUSR2 in a list: a run saves before it ends; the second one ends it at once."""
+    received, in_main = [], threading.current_thread() is threading.main_thread()
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
 
     def handler(number, _):
         received.append(number)
-        ignored = previous[number] == signal.SIG_IGN  # of a script's background jobs
-        signal.signal(number, signal.default_int_handler if ignored else previous[number])
-        print("\nStopping after this interval, then saving; once more to stop at once", file=sys.stderr)
+        signal.signal(number, previous[number])
+        print("\nStopping after this update, then saving; once more to stop at once", file=sys.stderr)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
-    if threading.current_thread() is threading.main_thread():
-        previous.update({number: signal.signal(number, handler) for number in numbers})
+    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
     try:
         yield received
     finally:
@@ -872,142 +659,39 @@ def catch_signals():
             signal.signal(number, old)
 
 
-def run(config: Config | None = None, **settings):
-    """Train, log, save and evaluate: what the command line does. `settings`: see Settings.
-
-    Returns `train`'s dictionary, metrics as logged [num_seeds, rows], with "score" (the mean over seeds of the last
-    evaluation), "folder" and "interrupted" (the signal that stopped the run, or None). Raises UserError, one line.
-    """
-    given, settings = settings, Settings(**settings)
-    config = config or (None if settings.RESUME else Config(**RECIPE))
-    folder = run_folder(config, settings)
-    if settings.RESUME:
-        config, settings = resumed(folder, config, given)
-    if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
-    num_updates, num_seeds = config.NUM_UPDATES, settings.NUM_SEEDS
-    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
-    checkpoint_interval = settings.CHECKPOINT_INTERVAL or max(1, num_updates // 20)
-    if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
-        print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
-
-    train, rows, checkpoints, log, start = make_train(config), [], None, None, time.time()
-    keys = jax.random.split(jax.random.key(settings.SEED), num_seeds)
-    state = train(keys, num_updates=0, length=log_interval)["runner_state"]
-    print(f"Compiled in {time.time() - start:.1f} s for {jax.local_device_count()} x {jax.devices()[0].device_kind}")
-    if folder:
-        import orbax.checkpoint as ocp
-
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        checkpoints = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
-        state, rows = restore(folder, checkpoints, state) if settings.RESUME else (state, rows)
-        attempt("writing config.yaml", write_settings, folder, config, settings)
-        print(f"Run folder: {folder}")
-    if settings.WANDB_MODE != "disabled":
-        log = attempt("starting wandb", start_wandb, config, folder, settings)
-
-    done, steps = int(state.update_steps[0]), counters(config, 1)["env_step"] * num_seeds  # of one update
-    finite, start = np.full(num_seeds, True), time.time() - (rows[-1]["time"][0] if rows else 0)
-    saved = time.time()
-    progress = {"total": num_updates * steps, "initial": done * steps, "unit": "step", "unit_scale": True}
-    with tqdm(desc=config.TASK, **progress) as bar, catch_signals() as interrupted:
-        while done < num_updates and not interrupted:
-            chunk, before = min(log_interval, num_updates - done), time.time()
-            out = train(state=state, num_updates=chunk, length=log_interval)
-            while not out["metrics"]["td_loss"].is_ready():  # waiting in Python, where signals are heard
-                time.sleep(5e-4)
-            state, metrics = out["runner_state"], jax.tree.map(np.asarray, out["metrics"])
-            due, now = (done + chunk) // checkpoint_interval > done // checkpoint_interval, time.time()
-            done, due = done + chunk, due or now - saved > CHECKPOINT_SECONDS
-            row = {"update_steps": done}
-            row |= {"time": np.float32(now - start), "sps": np.float32(chunk * steps / (now - before))}
-            row = {key: np.full(num_seeds, value) for key, value in (counters(config, done) | row).items()}
-            row |= logged(metrics)
-            rows.append(row)
-            bar.update(chunk * steps)
-            bar.set_postfix({"return": f"{nanmean(row['returned_episode_returns']):.2f}"})
-            for seed in np.flatnonzero(finite & ~np.isfinite(row["td_loss"])):
-                warning = f"Warning: the loss of seed {seed} is {row['td_loss'][seed]} from update {done} on"
-                bar.write(warning, file=sys.stderr)
-            finite &= np.isfinite(row["td_loss"])
-            if log:
-                attempt("logging to wandb", log_wandb, log, row, settings.WANDB_LOG_ALL_SEEDS)
-            if checkpoints and (due or interrupted or done == num_updates):
-                if not (folder / "config.yaml").exists():  # the disk was full
-                    attempt("writing config.yaml", write_settings, folder, config, settings)
-                attempt("saving", save, folder, checkpoints, state, rows)
-                saved = time.time()
-    if interrupted:
-        print(f"Stopped after {done} of {num_updates} updates" + (f"; go on with RESUME={folder}" if folder else ""))
-
-    if rows and not interrupted and np.isnan(rows[-1].get("test/returned_episode_returns", np.nan)).any():
-        final = lambda: jax.tree.map(np.asarray, train.test(state))  # noqa: E731
-        rows[-1] |= attempt("the final evaluation", final) or {}
-        if log:
-            attempt("logging to wandb", log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
-        if folder:
-            attempt("saving the final evaluation", save_metrics, folder, rows)
-    metrics = columns(rows)
-    scores = {key: x[:, -1] for key, x in metrics.items() if key.startswith(("returned_", "test/"))}
-    print_scores(scores)
-    png = attempt("drawing the learning curve", learning_curve, metrics, f"{config.ALG_NAME} on {config.TASK}")
-    if png and folder:
-        attempt("saving the learning curve", (folder / "learning_curve.png").write_bytes, png)
-    if png and "ipykernel" in sys.modules:
-        from IPython.display import Image, display
-
-        display(Image(png))
-    if log:
-        attempt("closing wandb", log.finish)
-    score = float(nanmean(scores.get("test/returned_episode_returns", np.array(np.nan))))
-    out = {"runner_state": state, "metrics": metrics, "score": score, "folder": folder}
-    return out | {"interrupted": interrupted[0] if interrupted else None}
+CONFIGS = Path(globals().get("__file__", "")).resolve().parent / "configs"
+FOUND = {"config_path": str(CONFIGS), "config_name": "config"} if CONFIGS.exists() else {"config_name": "schema"}
+HYDRA = {"run": {"dir": "."}, "output_subdir": None}  # the run's folder has it all
+HYDRA |= {"sweep": {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}}
+HYDRA |= {"job_logging": {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}}
+SCHEMA = vars(Settings()) | {"alg": vars(Config()), "hydra": HYDRA}
+hydra.core.config_store.ConfigStore.instance().store(name="schema", node=SCHEMA)
 
 
-def main():
-    """The command line: Hydra composes Settings and, under `alg`, the Config."""
-    import hydra
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    schema = OmegaConf.structured(Config)  # a Config itself is made below, where its errors are caught
-    named = any(word.lstrip("+").startswith("alg=") for word in sys.argv)
-    default = schema if named else OmegaConf.merge(schema, RECIPE)
-    alg = ("alg", Any, field(default_factory=lambda: default))
-    quiet = {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}  # the run folder has it all
-    sweep = {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}
-    output = {"run": {"dir": "."}, "output_subdir": None, "sweep": sweep, "job_logging": quiet}
-    store, configs = ConfigStore.instance(), Path(__file__).resolve().parent / "configs"
-    store.store(name="settings", node=dataclasses.make_dataclass("Schema", [alg], bases=(Settings,)))
-    store.store(name="schema", node={"defaults": ["settings", "_self_"], "hydra": output})
-    path, name = (configs, "config") if (configs / "config.yaml").exists() else (configs.parent, "schema")
-    if name == "schema":  # this file alone
-        store.store(group="alg", name=Config.ALG_NAME, node=OmegaConf.merge(schema, RECIPE))
-
-    @hydra.main(version_base="1.3", config_path=str(path), config_name=name)
-    def train_once(cfg):
-        settings = OmegaConf.to_container(cfg)
-        alg = settings.pop("alg")
-        try:
-            if cfg.RESUME:  # what is not overridden is the folder's
-                keys = [override.lstrip("+~").split("=")[0] for override in HydraConfig.get().overrides.task]
-                given = {".".join(key.split(".")[:2]) for key in keys}
-                saved = read_settings(run_folder(None, Settings(**settings)))["alg"]
-                settings = {key: settings[key] for key in settings if key in given | {"SAVE_PATH", "RESUME"}}
-                recipe = set(alg) - {"TOTAL_TIMESTEPS"} if "alg" in given else set()  # that is set by name alone
-                alg = {key: alg[key] if key in recipe or f"alg.{key}" in given else saved[key] for key in alg}
-            out = run(Config(**alg), **settings)
-        except UserError as error:
-            sys.exit(f"Error: {error}")
-        except KeyboardInterrupt:  # before training began, or again after it
-            sys.exit(128 + signal.SIGINT)
-        if out["interrupted"]:
-            sys.exit(128 + out["interrupted"])
-        return out["score"]
-
-    train_once()
+@hydra.main(version_base="1.3", **FOUND)
+def main(cfg):
+    """The command line. A mistake is one line; in a sweep the other jobs go on."""
+    try:
+        if cfg.RESUME:  # the run's configuration, with what is overridden by name; a recipe is ignored
+            overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+            keys = {override.lstrip("+").split("=")[0] for override in overrides} - {"alg"}
+            changes = [(key, OmegaConf.select(cfg, key)) for key in sorted(keys)]
+            folder, config, settings, _ = read_run(cfg.RESUME, cfg.SAVE_PATH, changes)
+            settings.RESUME = folder
+            print("Resuming with", dict(changes))
+        else:
+            values = OmegaConf.to_container(cfg)
+            config, settings = Config(**values.pop("alg")), Settings(**values)
+            os.makedirs(settings.SAVE_PATH, exist_ok=True)
+    except (ValueError, OSError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        key = "".join(f"{key}={first['input']!r}: " for key in first["loc"][:1])
+        raise hydra.errors.CompactHydraException(f"Error: {key}{first['msg'].removeprefix('Value error, ')}") from None
+    try:
+        return run(config, **vars(settings))["score"]
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook cell only defines
-    importlib.import_module(Path(__file__).stem).main()  # by name: Hydra's launchers send it to other processes
+    main()

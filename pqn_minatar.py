@@ -33,13 +33,13 @@ import gymnax
 import hydra
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 import seaborn as sns
 from flax import traverse_util
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
@@ -118,13 +118,13 @@ def make_env(config):
         env, params = gymnax.make(name, **{argument: kwargs.pop(argument) for argument in arguments})
         params = params.replace(**kwargs)
         obs, env_state = jax.eval_shape(env.reset, key, params)
-        obs, env_state, reward, terminated, truncated, info = jax.eval_shape(env.step, key, env_state, 0, params)
+        _, env_state, reward, terminated, truncated, _ = jax.eval_shape(env.step, key, env_state, 0, params)
         _ = obs.shape, env.action_space(params).n
     except Exception as error:
         given = f"ENV_NAME={name} ENV_KWARGS={config.ENV_KWARGS} must have gymnax 1.0's interface, discrete actions"
         raise ValueError(f"{given} and observations of one array: {type(error).__name__}: {error}") from error
     limit = getattr(params, "max_steps_in_episode", config.TEST_NUM_STEPS)
-    if not isinstance(limit, int) or limit < 1:
+    if limit is None or limit < 1 or limit % 1:
         raise ValueError(f"max_steps_in_episode={limit} must be a whole number of steps, or TEST_NUM_STEPS without it")
     return env, params
 
@@ -134,18 +134,18 @@ def dense(x, features, kernel_init=nn.linear.default_kernel_init):
     return nn.Einsum((len(x), features), "cb,cf->fb", kernel_init=kernel_init)(x)
 
 
-def conv(x, features, size=3, stride=1):
+def conv(x, features, size=3, stride=1, scale=2.0):
     """nn.Conv without padding, [C, H, W, B] -> [features, H', W', B], as one matrix product over shifted slices: its own
     gradient is slow inside a loop on CPU (JAX issue 12868), and when seeds are vmapped on GPU (JAX issue 13800)."""
     height, width = (n - size + 1 for n in x.shape[1:3])
-    slices = [x[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
-    x = jnp.concatenate(slices)
-    return dense(x.reshape(len(x), -1), features, nn.initializers.he_normal()).reshape(features, *x.shape[1:])
+    x = jnp.concatenate([x[:, :, j : j + width : stride] for j in range(size)])
+    x = jnp.concatenate([x[:, i : i + height : stride] for i in range(size)])
+    kernel_init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")  # 2: he_normal
+    return dense(x.reshape(len(x), -1), features, kernel_init).reshape(features, *x.shape[1:])
 
 
 class LayerNorm(nn.Module):
-    """nn.LayerNorm over the leading axis, [C, ...] -> [C, ...]. Means, and what spreads them again, are matrix products,
-    in the gradient too: XLA's sums use one core of a CPU."""
+    """nn.LayerNorm over the leading axis. Means and their spreading are matrix products: XLA's sums use one core of a CPU."""
 
     @nn.compact
     def __call__(self, x):
@@ -208,8 +208,7 @@ class TrainState(NamedTuple):
 def epsilon_greedy(key, q_values, epsilon):
     """A random action with probability epsilon, else the greedy one. q_values: [..., A] -> actions [...]."""
     explore, choice = jax.random.uniform(key, (2, *q_values.shape[:-1]))
-    random_action = (choice * q_values.shape[-1]).astype(jnp.int32)
-    return jnp.where(explore < epsilon, random_action, q_values.argmax(-1))
+    return jnp.where(explore < epsilon, (choice * q_values.shape[-1]).astype(jnp.int32), q_values.argmax(-1))
 
 
 def q_lambda_targets(reward, discount, next_value, trace):
@@ -301,8 +300,8 @@ def make_pqn(config):
             variables = state.variables | {"params": params}
             q_values, updated = network.apply(variables, obs, train=True, mutable=["batch_stats"])
             q_action = jnp.sum(q_values * jax.nn.one_hot(action, q_values.shape[-1]), -1)  # faster than to index
-            squared = jnp.sum(jnp.square(q_action - target), where=mask)
-            return 0.5 * squared / jnp.maximum(mask.sum(), 1), (q_action.mean(), updated)  # 0 where all is masked
+            squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
+            return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
         changes, opt_state = optimizer.update(grads, state.opt_state)
@@ -345,7 +344,7 @@ def make_train(config):
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
 
-SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_minatar.py")).stem)  # a copy has its own folders
+SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_minatar.py")).stem)  # copies have their own
 FIXED = ("SEED", "NUM_SEEDS", "alg.ENV_NAME", "alg.NUM_ENVS", "alg.NUM_STEPS")  # cannot change when a run is resumed
 Folder = Annotated[str, BeforeValidator(lambda path: path and str(path))]
 Saved = Annotated[str, BeforeValidator(lambda path: path and os.path.abspath(str(path))), Field(pattern=r"^[^\[\]]*$")]
@@ -415,7 +414,7 @@ def run(config=None, **settings):
         rows = [table.astype({name: np.float32 for name in table.select_dtypes("float")})]  # as they were written
     write_run(folder, config, settings)
     log = attempt(start_wandb, config, settings, folder) if settings.WANDB_MODE != "disabled" else None
-    stop, last, start = False, time.time(), time.time() - (rows[0].time.max() if rows else 0)
+    stop, last, start = False, time.time(), time.time() - (float(rows[0].time.max()) if rows else 0)
     counts = {"initial": i * steps * num_seeds, "total": num_updates * steps * num_seeds, "unit_scale": True}
     with catch_signals() as signals, tqdm(desc=config.TASK, unit="step", **counts) as bar:
         while i < num_updates and not stop:
@@ -524,15 +523,16 @@ def log_wandb(log, row, all_seeds):
 
 def draw(table, title, path):
     """A PNG of returns (or wins) against steps: interquartile mean over seeds, with a 95% bootstrap interval."""
-    figure, axes = plt.subplots(num="learning curve", clear=True, figsize=(7, 4.5), layout="constrained")
+    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
     name = "returned_won_episode" if "returned_won_episode" in table else "returned_episode_returns"
-    table = table.assign(steps=pd.cut(table.env_step, 100).map(lambda interval: interval.mid))  # at most 100 points
-    label = "mean of episodes (IQM and 95% CI over seeds)"
-    points = table.melt(["seed", "steps"], [name, f"test/{name}"], "metric", label)
-    points = points.groupby(["metric", "seed", "steps"], observed=True).mean().reset_index()
-    options = {"hue": "metric", "estimator": partial(trim_mean, proportiontocut=0.25), "n_boot": 200, "marker": "."}
-    sns.lineplot(points, x="steps", y=label, ax=axes, **options).set(title=title)
-    figure.savefig(path, dpi=120)
+    table = table.assign(step=pd.cut(table.env_step, 100).map(lambda interval: interval.mid))  # at most 100 points
+    points = table.melt(["seed", "step"], [name, f"test/{name}"]).groupby(["variable", "seed", "step"], observed=True)
+    options = {"hue": "variable", "estimator": partial(trim_mean, proportiontocut=0.25), "n_boot": 200, "marker": "."}
+    sns.lineplot(points.mean().reset_index(), x="step", y="value", ax=axes, **options)
+    axes.set(title=title, xlabel="environment steps", ylabel="mean over episodes (IQM and 95% CI over seeds)")
+    axes.figure.savefig(path, dpi=120)
+    if "ipykernel" in sys.modules:  # a notebook
+        sys.modules["IPython"].display.display(sys.modules["IPython"].display.Image(filename=path))
 
 
 def attempt(function, *args):
