@@ -1,0 +1,745 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "jaxmarl>=0.2", "six", "hydra-core>=1.3.2",
+#   "omegaconf>=2.3", "pydantic>=2.10", "orbax-checkpoint>=0.11", "safetensors>=0.5", "pandas>=2.2", "seaborn>=0.13",
+#   "matplotlib>=3.8", "scipy>=1.15", "tqdm>=4.66", "wandb>=0.19",
+# ]
+# ///
+"""PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) with value decomposition (VDN, Sunehag et al., arXiv 1706.05296) for
+JaxMARL's teams, in one file. Documentation: docs/pqn_vdn_jaxmarl.md
+
+python pqn_vdn_jaxmarl.py +alg=pqn_vdn_smax alg.MAP_NAME=3s5z NUM_SEEDS=5
+python pqn_vdn_jaxmarl.py -m +alg=pqn_vdn_overcooked alg.ENV_KWARGS.layout=coord_ring,forced_coord       # a sweep
+python pqn_vdn_jaxmarl.py RESUME=latest                              # go on with a run that was stopped
+out = run(Config(TOTAL_TIMESTEPS=1e6), NUM_SEEDS=3)                  # in a notebook, below a cell with this file
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import flax.linen as nn
+import hydra
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pandas as pd
+import seaborn as sns
+from flax import traverse_util
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors.numpy import load_file, save_file
+from scipy.stats import trim_mean
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", module="jaxmarl")  # that there is a second Overcooked
+with redirect_stdout(sys.stdout), redirect_stderr(sys.stderr):  # importing JaxMARL changes both
+    import jaxmarl
+    from jaxmarl.environments.overcooked import overcooked_layouts
+    from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
+
+CHECKED = {"extra": "forbid", "allow_inf_nan": False, "validate_assignment": True}
+Fraction = Annotated[float, Field(ge=0, le=1)]
+plain = partial(jax.tree.map, lambda x: x.item() if hasattr(x, "item") else x)  # numpy's numbers become Python's
+Kwargs = Annotated[dict[str, JsonValue], BeforeValidator(plain)]
+# Each environment's recipe, and whether all agents are given the team's reward; else that is the sum of theirs.
+ENVIRONMENTS = {
+    "HeuristicEnemySMAX": ("pqn_vdn_smax", True),
+    "overcooked": ("pqn_vdn_overcooked", True),
+    "hanabi": ("pqn_vdn_hanabi", True),
+    "switch_riddle": ("pqn_vdn_mpe", True),  # it has no published one
+} | {f"MPE_simple_{name}": ("pqn_vdn_mpe", False) for name in ("spread_v3", "reference_v3", "speaker_listener_v4")}
+MPE_KWARGS = """num_agents num_landmarks local_ratio action_type max_steps dt rad moveable silent collide mass accel max_speed
+u_noise c_noise damping contact_force contact_margin""".split()
+SMAX_FIXED = "scenario num_allies num_enemies smacv2_position_generation smacv2_unit_type_generation".split()
+
+
+@dataclass(config=CHECKED)
+class Config:
+    """Hyper-parameters, `alg.KEY=value` on the command line; the defaults are the published recipe for SMAX."""
+
+    ENV_NAME: str = "HeuristicEnemySMAX"  # one of ENVIRONMENTS; each has its recipe
+    MAP_NAME: str | None = "2s3z"  # of HeuristicEnemySMAX; null with the others
+    ENV_KWARGS: Kwargs = Field(default_factory=dict)  # for the environment's constructor; overcooked: layout, by name
+    ALG_NAME: str = "pqn_vdn_smax"  # a label for logs; not that of other environments' recipe
+    NETWORK: Literal["rnn", "cnn", "mlp"] = "rnn"  # rnn: with a GRU; cnn: observations are images
+    TOTAL_TIMESTEPS: PositiveInt = 10_000_000  # environment steps of one seed
+    TOTAL_TIMESTEPS_DECAY: PositiveInt | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
+    NUM_ENVS: PositiveInt = 128  # environments in parallel, N
+    NUM_STEPS: PositiveInt = 128  # steps of each environment between updates, T
+    MEMORY_WINDOW: Annotated[int, Field(ge=0)] = 4  # rnn: steps before a rollout that are trained on again, W
+    NUM_MINIBATCHES: PositiveInt = 16  # gradient steps per epoch; must divide N * T, with rnn N
+    NUM_EPOCHS: PositiveInt = 4  # passes over a rollout
+    EPS_START: Fraction = 1.0  # exploration: probability of a random action, at the start
+    EPS_FINISH: Fraction = 0.01  # and at the end
+    EPS_DECAY: Fraction = 0.1  # fraction of the schedule after which EPS_FINISH is reached
+    LR: PositiveFloat = 2.5e-4  # RAdam's step size
+    LR_LINEAR_DECAY: bool = True  # linearly to 0 over the schedule
+    MAX_GRAD_NORM: PositiveFloat = 1.0  # clipping of the gradient's global norm
+    GAMMA: Fraction = 0.99  # discount
+    LAMBDA: Fraction = 0.85  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
+    REW_SCALE: float = 10.0  # scales the rewards learned from, never those reported
+    REW_SHAPING_HORIZON: PositiveInt | None = None  # steps over which the shaped reward fades out; null: none is added
+    HIDDEN_SIZE: PositiveInt = 512  # units of each hidden layer
+    NUM_LAYERS: PositiveInt = 2  # hidden layers, after the convolutions, before the GRU
+    DUELING: bool = False  # Q = value + advantages, less their mean
+    NORM_TYPE: Literal["layer_norm", "batch_norm", "none"] = "batch_norm"  # before the ReLU of each hidden layer
+    NORM_INPUT: bool = True  # batch-normalise observations
+    TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL, not only at the end
+    TEST_INTERVAL: Annotated[Fraction, Field(gt=0)] = 0.05  # as a fraction of all updates
+    TEST_NUM_ENVS: PositiveInt = 128  # episodes per evaluation
+    TEST_NUM_STEPS: PositiveInt | None = 128  # at most this many steps each; null: the environment's time limit
+    EPS_TEST: Fraction = 0.0  # exploration in evaluation
+
+    PLACE = property(lambda config: config.MAP_NAME or config.ENV_KWARGS.get("layout", ""))
+    TASK = property(lambda config: re.sub(r"[^\w.-]", "-", f"{config.ENV_NAME}_{config.PLACE}".strip("_")))  # in titles
+    NUM_UPDATES = property(lambda config: config.TOTAL_TIMESTEPS // (config.NUM_ENVS * config.NUM_STEPS))
+
+    def __post_init__(self):
+        check_counts(self)
+        env, rnn, shaping = make_env(self), self.NETWORK == "rnn", self.REW_SHAPING_HORIZON
+        longest, divides = self.NUM_STEPS if rnn else 0, self.NUM_ENVS % self.NUM_MINIBATCHES == 0
+        check(self, "MEMORY_WINDOW", self.MEMORY_WINDOW <= longest, f"at most {longest}: NUM_STEPS with rnn, else 0")
+        check(self, "NUM_MINIBATCHES", divides or not rnn, f"a divisor of NUM_ENVS = {self.NUM_ENVS} with NETWORK=rnn")
+        check(self, "NETWORK", self.NETWORK != "cnn" or env.images, "rnn or mlp: there are no images")
+        check(self, "REW_SHAPING_HORIZON", env.shaped or shaping is None, "null: there is no shaped reward")
+
+
+def check(config, key, valid, allowed):
+    """Raise a ValueError that names the key, its value and what is allowed, unless valid."""
+    if not valid:
+        raise ValueError(f"{key}={getattr(config, key)} with ENV_NAME={config.ENV_NAME} must be {allowed}")
+
+
+def check_counts(config):
+    """Raise ValueError where a Config's counts do not fit each other."""
+    batch = config.NUM_ENVS * config.NUM_STEPS
+    if batch % config.NUM_MINIBATCHES:
+        raise ValueError(f"NUM_MINIBATCHES={config.NUM_MINIBATCHES} must divide NUM_ENVS * NUM_STEPS = {batch}")
+    if (steps := min(config.TOTAL_TIMESTEPS, config.TOTAL_TIMESTEPS_DECAY or batch)) < batch:
+        raise ValueError(f"TOTAL_TIMESTEPS[_DECAY]={steps} must be at least NUM_ENVS * NUM_STEPS = {batch}")
+
+
+def override(config, **values):
+    """A copy of a Config with other values, which are not checked and so may be traced: vmap over them is a sweep."""
+    changed = object.__new__(type(config))
+    vars(changed).update(vars(config) | values)
+    return changed
+
+
+class TeamEnv:
+    """A JaxMARL environment with the agents in an axis, A, and one reward. JaxMARL's CTRolloutManager does the same for
+    dictionaries, but blanks agents that have ended after the automatic reset, too, and with them first observations."""
+
+    def __init__(self, config):
+        name, kwargs, smax = config.ENV_NAME, dict(config.ENV_KWARGS), config.ENV_NAME == "HeuristicEnemySMAX"
+        check(config, "ENV_NAME", name in ENVIRONMENTS, f"one of {', '.join(ENVIRONMENTS)}")
+        recipe, self.share_reward = ENVIRONMENTS[name]
+        foreign = config.ALG_NAME in {other for other, _ in ENVIRONMENTS.values()} - {recipe}  # other teams' numbers
+        check(config, "ALG_NAME", not foreign, f"its recipe, +alg={recipe}, or a name of your own")
+        maps, mpe, keys = MAP_NAME_TO_SCENARIO if smax else {None: None}, name.startswith("MPE"), kwargs.keys()
+        check(config, "MAP_NAME", config.MAP_NAME in maps, " or ".join(maps) if smax else "null")
+        for key, allowed in {"layout": [*overcooked_layouts], "attack_mode": ["closest", "random"]}.items():
+            check(config, "ENV_KWARGS", kwargs.get(key, allowed[0]) in allowed, f"with {key} {' or '.join(allowed)}")
+        check(config, "ENV_KWARGS", not (smax and keys & SMAX_FIXED), f"without {SMAX_FIXED}: MAP_NAME sets them")
+        check(config, "ENV_KWARGS", not mpe or keys <= {*MPE_KWARGS}, f"of {', '.join(MPE_KWARGS)}")  # MPE takes any
+        kwargs |= {"scenario": MAP_NAME_TO_SCENARIO[config.MAP_NAME]} if smax else {}
+        kwargs |= {"layout": overcooked_layouts[kwargs["layout"]]} if "layout" in kwargs else {}
+        try:  # a step, too: JaxMARL looks at some of its options there
+            self.env = env = jaxmarl.make(name, **kwargs)
+            obs, state = jax.eval_shape(env.reset, jax.random.key(0))
+            *_, info = jax.eval_shape(env.step, jax.random.key(0), state, dict.fromkeys(env.agents, jnp.int32(0)))
+        except Exception as error:
+            check(config, "ENV_KWARGS", False, f"what it takes: {error}".splitlines()[0])
+        self.agents, self.shaped, sizes = env.agents, "shaped_reward" in info, [obs[agent].size for agent in env.agents]
+        self.size, self.num_actions = max(sizes), int(max(env.action_space(agent).n for agent in env.agents))
+        self.images, self.flat = all(len(obs[agent].shape) == 3 for agent in env.agents), config.NETWORK != "cnn"
+        self.time_limit = getattr(env, "max_steps", 100) + 1  # MPE ends one step late; Hanabi has none
+        check(config, "ENV_KWARGS", self.time_limit > 1, "with max_steps of at least 1")
+        bonus = getattr(env, "won_battle_bonus", 0)
+        self.win = bonus if bonus >= 1 else None  # SMAX: only a reward that includes it is as high, damage is at most 1
+
+    def stack(self, obs):
+        """Observations [A, ...]: images as they are; else flat, padded to the longest, with the agent's id one-hot."""
+        obs = [obs[agent] for agent in self.agents]
+        flat = [jnp.pad(x.ravel(), (0, self.size - x.size)) for x in obs]
+        return jnp.concatenate([jnp.stack(flat), jnp.eye(len(flat))], 1) if self.flat else jnp.stack(obs)
+
+    def reset(self, key):
+        obs, state = self.env.reset(key)
+        return self.stack(obs), state
+
+    def step(self, key, state, action):
+        """Actions [A] -> observations, state, the team's reward, its shaped reward, and whether the episode has ended."""
+        obs, state, reward, done, info = self.env.step(key, state, dict(zip(self.agents, action, strict=True)))
+        obs, team_done = self.stack(obs), done["__all__"]
+        gone = jnp.array([done[agent] for agent in self.agents]) & ~team_done  # a new episode has all agents again
+        obs = jnp.where(gone.reshape(-1, *[1] * (obs.ndim - 1)), 0, obs)
+        rewards = [reward[agent] for agent in self.agents]
+        shaped_reward = sum(info["shaped_reward"].values()) if self.shaped else 0.0
+        return obs, state, rewards[0] if self.share_reward else sum(rewards), shaped_reward, team_done
+
+    def available(self, state):
+        """Which actions each agent can take, [A, num_actions]; those it does not have are never available."""
+        try:
+            moves = getattr(self.env, "get_legal_moves", self.env.get_avail_actions)(state)  # Hanabi has its own name
+        except NotImplementedError:
+            moves = {agent: jnp.ones(self.env.action_space(agent).n) for agent in self.agents}
+        return jnp.stack([jnp.pad(x, (0, self.num_actions - len(x))) for x in map(moves.get, self.agents)]).astype(bool)
+
+
+make_env = TeamEnv
+
+
+def dense(x, features, kernel_init=nn.linear.default_kernel_init):
+    """nn.Dense over the leading axis, [C, B] -> [features, B]."""
+    return nn.Einsum((len(x), features), "cb,cf->fb", kernel_init=kernel_init)(x)
+
+
+def conv(x, features, size=3, stride=1, scale=2.0):
+    """nn.Conv without padding, [C, H, W, B] -> [features, H', W', B], as one matrix product over shifted slices: its own
+    gradient is slow inside a loop on CPU (JAX issue 12868), and when seeds are vmapped on GPU (JAX issue 13800)."""
+    height, width = (n - size + 1 for n in x.shape[1:3])
+    x = jnp.concatenate([x[:, :, j : j + width : stride] for j in range(size)])
+    x = jnp.concatenate([x[:, i : i + height : stride] for i in range(size)])
+    kernel_init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")  # 2: he_normal
+    return dense(x.reshape(len(x), -1), features, kernel_init).reshape(features, *x.shape[1:])
+
+
+class LayerNorm(nn.Module):
+    """nn.LayerNorm over the leading axis. Means and their spreading are matrix products: XLA's sums use one core of a CPU."""
+
+    @nn.compact
+    def __call__(self, x):
+        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
+        y = y - spread @ (mean @ y)
+        y = y * (spread @ jax.lax.rsqrt(mean @ (y * y) + 1e-6))
+        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        return (y * scale + bias).reshape(x.shape)
+
+
+class GRU(nn.Module):
+    """nn.GRUCell over time: inputs [F, T * N * A] and a hidden state [N, A, H], 0 after a step that is done [T, N] ->
+    outputs [H, T * N * A] and the hidden state after. One product makes the inputs to all gates of all steps."""
+
+    @nn.compact
+    def __call__(self, x, hidden, done):
+        size, orthogonal = hidden.shape[-1], nn.initializers.orthogonal()
+        kernels = [self.param(f"hidden_{gate}", orthogonal, (size, size)) for gate in ("reset", "update", "candidate")]
+        kernel, bias = jnp.concatenate(kernels, 1), self.param("hidden_bias", nn.initializers.zeros, (size,))
+
+        def step(hidden, inputs):
+            x, h, done = jnp.split(inputs[0], 3, -1), jnp.split(hidden @ kernel, 3, -1), inputs[1]
+            reset, update = nn.sigmoid(x[0] + h[0]), nn.sigmoid(x[1] + h[1])
+            hidden = (1 - update) * nn.tanh(x[2] + reset * (h[2] + bias)) + update * hidden
+            return jnp.where(done[:, None, None], 0, hidden), hidden
+
+        inputs = dense(x, 3 * size).T.reshape(len(done), *hidden.shape[:-1], -1)
+        hidden, outputs = jax.lax.scan(step, hidden, (inputs, done))
+        return outputs.reshape(-1, size).T, hidden
+
+
+class QNetwork(nn.Module):
+    """Q(o, .) of each agent, all with the same parameters: [T, N, A, *obs] -> ([T, N, A, num_actions], hidden state).
+    Only an rnn reads the hidden state [N, A, H] and done [T, N], after which it starts again from 0. Inside, features
+    lead and the batch is last: long rows are fast on CPU."""
+
+    config: Config
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, obs, hidden=(), done=False, train=False):
+        config, batch = self.config, obs.shape[:3]
+        batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
+        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[config.NORM_TYPE]
+        x = jnp.moveaxis(obs.reshape(-1, *obs.shape[3:]), (0, -1), (-1, 0)).astype(jnp.float32)
+        x = batch_norm()(x) if config.NORM_INPUT else x
+        for size in (5, 3, 3) if config.NETWORK == "cnn" else ():
+            x = jnp.pad(x, ((0, 0), *[(size // 2, size // 2)] * 2, (0, 0)))  # with zeros
+            x = nn.relu(norm()(conv(x, 32, size, scale=1.0)))
+        x = x.reshape(-1, x.shape[-1])
+        for _ in range(config.NUM_LAYERS):
+            x = nn.relu(norm()(dense(x, config.HIDDEN_SIZE)))
+        if config.NETWORK == "rnn":
+            x, hidden = GRU()(x, hidden, jnp.broadcast_to(done, batch[:2]))
+        q_values = dense(x, self.num_actions)
+        q_values = dense(x, 1) + q_values - q_values.mean(0) if config.DUELING else q_values
+        return q_values.T.reshape(*batch, -1), hidden
+
+
+def make_network(config):
+    """The Q-network of a Config."""
+    return QNetwork(config, make_env(config).num_actions)
+
+
+class Transition(NamedTuple):
+    """One step of a rollout, each field [T, N, ...]."""
+
+    obs: jax.Array  # [T, N, A, ...]
+    action: jax.Array  # [T, N, A]
+    available: jax.Array  # [T, N, A, num_actions]
+    reward: jax.Array  # the team's, shaped and scaled
+    done: jax.Array  # the team's episode ended. JaxMARL does not tell time limits apart: terminal, as published
+    mask: jax.Array  # whether it is learned from
+    value: jax.Array  # the team's, max_a Q(o, a) summed over agents, by the parameters that acted
+    episode_returns: jax.Array  # of the episode so far, this step included
+    episode_lengths: jax.Array
+    won_episode: jax.Array  # SMAX: the reward tells that the battle is won
+
+
+class TrainState(NamedTuple):
+    """All that one seed needs to go on; what a checkpoint holds."""
+
+    key: jax.Array
+    variables: Any  # the network's "params" and, where it has BatchNorm, its running "batch_stats"
+    opt_state: Any
+    env_state: Any
+    obs: jax.Array  # [N, A, ...]
+    hidden: Any  # [N, A, H], of the GRU; empty without it
+    window: tuple  # rnn: the last MEMORY_WINDOW steps, a Transition [W, N, ...]; empty where there are none
+    before_window: Any  # the hidden state before them
+    returns: jax.Array  # [N], of the episodes under way
+    lengths: jax.Array
+
+
+def explore(key, q_values, available, epsilon):
+    """A random available action with probability epsilon, else the greedy one. Both [..., A] -> actions [...]."""
+    explore, choice = jax.random.uniform(key, (2, *q_values.shape[:-1]))
+    count = jnp.cumsum(available, -1)
+    random_action = jnp.argmax(count > choice[..., None] * count[..., -1:], -1)
+    return jnp.where(explore < epsilon, random_action, jnp.where(available, q_values, -jnp.inf).argmax(-1))
+
+
+def q_lambda_targets(reward, discount, next_value, trace):
+    """Q(lambda) returns (Peng's; arXiv 2407.04811, section 4), all arguments and the result [T, N].
+
+    G_t = r_t + discount_t * ((1 - trace_t) * V(s'_t) + trace_t * G_{t+1}), with V(s'_t) for G_{t+1} at the last step;
+    next_value: V(s'_t) = max_a Q(s'_t, a) of the state that the action led to (any value where an episode terminated),
+    discount: gamma * (1 - terminated), trace: lambda * (1 - done).
+    """
+
+    def step(next_return, t):
+        reward_t, discount_t, next_value_t, trace_t = t
+        target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
+        return target, target
+
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True)[1]
+
+
+def shuffle_minibatches(key, batch, num_minibatches):
+    """Shuffle [T, N, ...] along both axes, all leaves alike: [num_minibatches, T * N / num_minibatches, ...]."""
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    order = jnp.argsort(jax.random.bits(key, len(jax.tree.leaves(batch)[0]))).reshape(num_minibatches, -1)
+    return jax.tree.map(lambda x: x[order], batch)
+
+
+def make_pqn(config):
+    """PQN for one seed, as pure functions: init(key), update(state, i) of update number i, and evaluate(state, key)."""
+    config = override(config)  # a copy: what is traced later does not see edits of the original
+    env, network, window = make_env(config), make_network(config), config.MEMORY_WINDOW
+    env_reset, env_step, env_available = jax.vmap(env.reset), jax.vmap(env.step), jax.vmap(env.available)
+    decay = (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) // (config.NUM_ENVS * config.NUM_STEPS)  # updates
+    grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
+    epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
+    lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
+    shaped = (config.REW_SHAPING_HORIZON or 0) / (config.NUM_ENVS * config.NUM_STEPS)  # updates
+    shaping_schedule = optax.linear_schedule(float(shaped > 0), 0.0, shaped or 1)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
+    reported = ("episode_returns", "episode_lengths", *["won_episode"] * bool(env.win))  # of episodes
+
+    def init(key):
+        key, key_network, key_reset = jax.random.split(key, 3)
+        obs, env_state = env_reset(jax.random.split(key_reset, config.NUM_ENVS))
+        hidden = jnp.zeros((*obs.shape[:2], config.HIDDEN_SIZE)) if config.NETWORK == "rnn" else ()
+        variables, zeros = network.init(key_network, obs[None], hidden), jnp.zeros(config.NUM_ENVS)
+        opt_state = optimizer.init(variables["params"])
+        state = TrainState(key, variables, opt_state, env_state, obs, hidden, (), hidden, zeros, zeros)
+        if window:  # masked before the first rollout, done so that the hidden state is then 0; BatchNorm sees its obs
+            steps = jax.eval_shape(lambda: play(state, key, 0.0)[1])
+            steps = jax.tree.map(lambda x: jnp.ones((window, *x.shape), x.dtype), steps)
+            steps = steps._replace(obs=jnp.broadcast_to(obs, steps.obs.shape), mask=~steps.mask)
+            state = state._replace(window=(steps,))
+        return state
+
+    def play(state, key, epsilon, shaping=0.0, steps_left=0):
+        """One step of every environment: the state after it, and the Transition."""
+        key_act, key_step = jax.random.split(key)
+        q_values, hidden = network.apply(state.variables, state.obs[None], state.hidden)
+        q_values, available = q_values[0], env_available(state.env_state)
+        action = explore(key_act, q_values, available, epsilon)
+        keys_step = jax.random.split(key_step, len(action))
+        obs, env_state, reward, extra, done = env_step(keys_step, state.env_state, action)
+        value = jnp.where(available, q_values, -jnp.inf).max(-1).sum(-1)  # VDN: the sum of the agents' own
+        episode = state.returns + reward, state.lengths + 1, reward >= (env.win or jnp.inf)
+        reward = config.REW_SCALE * (reward + shaping * extra)
+        seen = state.obs, action, available, reward, done, jnp.ones_like(done), value
+        hidden = jax.tree.map(lambda h: jnp.where(done[:, None, None], 0, h), hidden)  # not where one agent has died
+        kept = jax.tree.map(partial(jnp.where, steps_left == window), hidden, state.before_window)  # once a rollout
+        state = state._replace(env_state=env_state, obs=obs, hidden=hidden, before_window=kept)
+        return state._replace(returns=episode[0] * ~done, lengths=episode[1] * ~done), Transition(*seen, *episode)
+
+    @jax.jit  # traced once, though `update` asks for its shapes, too
+    def evaluate(state, key):
+        """Means over the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
+        key_reset, key_play = jax.random.split(key)
+        obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS))
+        hidden = jax.tree.map(lambda h: jnp.zeros((len(obs), *h.shape[1:])), state.hidden)
+        zeros, limit = jnp.zeros(len(obs)), config.TEST_NUM_STEPS or env.time_limit
+        fresh = {"env_state": env_state, "obs": obs, "hidden": hidden, "before_window": hidden}
+        fresh = state._replace(**fresh, returns=zeros, lengths=zeros)
+
+        def step(carry):
+            t, state, playing, latest = carry
+            state, step = play(state, jax.random.fold_in(key_play, t), config.EPS_TEST)
+            latest = {name: jnp.where(playing, getattr(step, name), x) for name, x in latest.items()}
+            return t + 1, state, playing & ~step.done, latest
+
+        going_on, latest = lambda carry: (carry[0] < limit) & carry[2].any(), dict.fromkeys(reported, zeros)
+        *_, playing, latest = jax.lax.while_loop(going_on, step, (0, fresh, zeros == 0, latest))
+        return {f"test/returned_{name}": x.mean() for name, x in latest.items()} | {"test/unfinished": playing.mean()}
+
+    def targets(steps, value):
+        """Targets [T, N] of steps [T, N], from the team's values [T + 1, N], all by the same parameters."""
+        going_on = 1.0 - steps.done
+        return q_lambda_targets(steps.reward, config.GAMMA * going_on, value[1:], config.LAMBDA * going_on)
+
+    def learn(state, minibatch):
+        """One gradient step."""
+        hidden, steps, target = minibatch
+        steps = jax.tree.map(lambda x: x.swapaxes(0, 1) if config.NETWORK == "rnn" else x[None], steps)
+
+        def loss(params):
+            variables, learned, goal = state.variables | {"params": params}, steps, target
+            apply = partial(network.apply, variables, train=True, mutable=["batch_stats"])
+            (q_values, _), updated = apply(steps.obs, hidden, steps.done)
+            q_team = jnp.sum(q_values * jax.nn.one_hot(steps.action, q_values.shape[-1]), (-2, -1))
+            if config.NETWORK == "rnn":
+                value = jax.lax.stop_gradient(jnp.where(steps.available, q_values, -jnp.inf).max(-1).sum(-1))
+                learned, q_team = jax.tree.map(lambda x: x[:-1], (steps, q_team))
+                goal = targets(learned, value)
+            squared = jnp.sum(jnp.square(q_team - goal), where=learned.mask)
+            qvals = jnp.mean(q_team, where=learned.mask)
+            return 0.5 * squared / jnp.maximum(learned.mask.sum(), 1), (qvals, updated)
+
+        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
+        changes, opt_state = optimizer.update(grads, state.opt_state)
+        params = optax.apply_updates(state.variables["params"], changes)
+        metrics = {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
+        return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
+
+    def update(state, i):
+        """Update number i: a rollout, its targets, epochs of minibatches, and an evaluation if one is due."""
+        key, key_rollout, key_last, key_epochs, key_test = jax.random.split(state.key, 5)
+        epsilon, shaping, before = epsilon_schedule(i), shaping_schedule(i), state
+        inputs = jax.random.split(key_rollout, config.NUM_STEPS), jnp.arange(config.NUM_STEPS)[::-1]
+        state = state._replace(key=key, before_window=state.hidden)
+        state, trajectory = jax.lax.scan(lambda state, x: play(state, x[0], epsilon, shaping, x[1]), state, inputs)
+        metrics = {}
+        for name in reported:  # of the episodes that ended; NaN where none did
+            metrics[f"returned_{name}"] = jnp.mean(getattr(trajectory, name), where=trajectory.done)
+        # The state after the rollout, for its value: a step that is masked, and of which nothing else is compiled.
+        last = jax.tree.map(lambda x: x[None], play(state, key_last, 0.0)[1])
+        after = jax.tree.map(jnp.zeros_like, last)._replace(obs=last.obs, available=last.available, value=last.value)
+        steps = jax.tree.map(lambda *x: jnp.concatenate(x), *before.window, trajectory, after)
+        batch = (), trajectory, targets(trajectory, steps.value[window:])
+        if config.NETWORK == "rnn":
+            batch = before.before_window[None], jax.tree.map(lambda x: x.swapaxes(0, 1)[None], steps), ()
+        if window:
+            state = state._replace(window=(jax.tree.map(lambda x: x[-window:], trajectory),))
+
+        def epoch(state, key):
+            return jax.lax.scan(learn, state, shuffle_minibatches(key, batch, config.NUM_MINIBATCHES))
+
+        state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
+        metrics |= {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)} | jax.tree.map(jnp.mean, losses)
+        interval = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))  # the last evaluation follows the last update
+        due = (config.NUM_UPDATES - i - 1) % (interval if config.TEST_DURING_TRAINING else config.NUM_UPDATES) == 0
+        nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), jax.eval_shape(evaluate, state, key_test))
+        return state, metrics | jax.lax.cond(due, evaluate, lambda *_: nothing, state, key_test)
+
+    return init, update, evaluate
+
+
+def make_train(config):
+    """train(key): a whole run of one seed as one program, to be called as jax.jit(jax.vmap(train))(keys)."""
+    (init, update, _), num_updates = make_pqn(config), config.NUM_UPDATES
+
+    def train(key):
+        state, metrics = jax.lax.scan(update, init(key), jnp.arange(num_updates))
+        return {"runner_state": state, "metrics": metrics}
+
+    return train
+
+
+# RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
+
+SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_vdn_jaxmarl.py")).stem)  # copies have their own
+FIXED = ("SEED", "NUM_SEEDS", "alg.ENV_NAME", "alg.NUM_ENVS", "alg.NUM_STEPS")  # cannot change when a run is resumed
+Folder = Annotated[str, BeforeValidator(lambda path: path and str(path))]
+Saved = Annotated[str, BeforeValidator(lambda path: path and os.path.abspath(str(path))), Field(pattern=r"^[^\[\]]*$")]
+
+
+@dataclass(config=CHECKED)
+class Settings:
+    """The arguments of `run`, root keys on the command line."""
+
+    SEED: Annotated[int, Field(ge=0, lt=2**32)] = 0  # seed i has the key jax.random.split(key(SEED), NUM_SEEDS)[i]
+    NUM_SEEDS: PositiveInt = 1  # trained together in one program
+    SAVE_PATH: Saved = Field("runs", validate_default=True)  # of runs' folders; orbax cannot read below one with [ or ]
+    RESUME: Folder | None = None  # a run's folder, or latest: its configuration, with what is overridden
+    LOG_INTERVAL: PositiveInt | None = None  # in updates; null: a 1,000th of the run
+    CHECKPOINT_INTERVAL: PositiveInt | None = None  # in updates; null: a 20th of the run
+    WANDB_MODE: Literal["online", "offline", "disabled"] = "disabled"
+    ENTITY: str | None = None  # wandb's
+    PROJECT: str = "pqn"  # wandb's
+    WANDB_LOG_ALL_SEEDS: bool = False  # each seed's curves as rng<i>/... beside their mean
+    COMPILATION_CACHE: Folder | None = "~/.cache/pqn"  # JAX's persistent cache, if it has none yet; null: none
+
+
+def start_seeds(config, keys):
+    """The state of one seed per key, every leaf [num_seeds, ...], and update(state, i) compiled for all of them.
+    Seeds are spread over as many devices as divide them, and vmapped there; on a CPU they take turns, which is faster."""
+    init, update, _ = make_pqn(config)
+    count = max(n for n in range(1, jax.local_device_count() + 1) if len(keys) % n == 0)
+    mesh, seeds = jax.sharding.Mesh(jax.local_devices()[:count], "seed"), jax.P("seed")
+    # Never vmapped: on CPU the batched QR of a recurrent network's initialisation can wait for its own threads for ever.
+    state = jax.device_put(jax.jit(partial(jax.lax.map, init))(keys), jax.NamedSharding(mesh, seeds))
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.shard_map, mesh=mesh, in_specs=(seeds, jax.P()), out_specs=seeds, check_vma=False)
+    def update_seeds(state, i):
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda state: update(state, i), state)
+        return jax.vmap(update, (0, None))(state, i)
+
+    return state, update_seeds.lower(state, 0).compile()
+
+
+def run(config=None, **settings):
+    """Train, log, save and evaluate: what the command line does. `settings`: see Settings, with RESUME by default that run's.
+    Returns {"runner_state": every leaf [NUM_SEEDS, ...], "metrics": the table of what was logged, "score": the mean over
+    seeds of the last evaluation, "folder"}. On Ctrl-C or SIGTERM it saves, then raises KeyboardInterrupt or SystemExit."""
+    if folder := settings.get("RESUME"):
+        folder, saved_config, saved, _ = read_run(folder, settings.get("SAVE_PATH", "runs"))
+        config, settings = config or saved_config, vars(saved) | settings
+    config, settings = config or Config(), Settings(**settings)
+    num_seeds, num_updates, steps = settings.NUM_SEEDS, config.NUM_UPDATES, config.NUM_ENVS * config.NUM_STEPS
+    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
+    checkpoint_interval = settings.CHECKPOINT_INTERVAL or max(1, num_updates // 20)
+    if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
+    if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
+        print(f"Note: the schedules end at TOTAL_TIMESTEPS_DECAY={config.TOTAL_TIMESTEPS_DECAY}, before the run does")
+    print(f"Compiling for {jax.local_device_count()} x {jax.devices()[0].device_kind} ...", flush=True)
+    state, update_seeds = start_seeds(config, jax.random.split(jax.random.key(settings.SEED), num_seeds))
+    now = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{time.time_ns() % 10**9:09}"  # unique
+    folder = folder or Path(settings.SAVE_PATH, f"{SCRIPT}_{config.TASK}_s{settings.SEED}", now).resolve()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    checkpoints = ocp.CheckpointManager(folder / "checkpoints", options=options)
+    i, rows, pending, diverged = checkpoints.latest_step() or 0, [], [], np.full(num_seeds, False)  # i updates done
+    if i:
+        state = checkpoints.restore(i, args=ocp.args.StandardRestore(state))
+        table = pd.read_csv(folder / "metrics.csv").query("update_steps <= @i")
+        rows = [table.astype({name: np.float32 for name in table.select_dtypes("float")})]  # as they were written
+    write_run(folder, config, settings)
+    log = attempt(start_wandb, config, settings, folder) if settings.WANDB_MODE != "disabled" else None
+    stop, last, start = False, time.time(), time.time() - (float(rows[0].time.max()) if rows else 0)
+    counts = {"initial": i * steps * num_seeds, "total": num_updates * steps * num_seeds, "unit_scale": True}
+    with catch_signals() as signals, tqdm(desc=config.TASK, unit="step", **counts) as bar:
+        while i < num_updates and not stop:
+            state, metrics = update_seeds(state, i)
+            jax.block_until_ready(pending[-1:])  # the update before: two at most are under way, a signal is soon heard
+            i, pending, stop = i + 1, [*pending, metrics], bool(signals)
+            if i % log_interval and i < num_updates and not stop:
+                continue
+            values, now = average(jax.device_get(pending)), time.time()
+            row = {"seed": np.arange(num_seeds), "update_steps": i, "env_step": i * steps}
+            row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "time": np.float32(now - start)}
+            row |= {"sps": np.float32(len(pending) * steps * num_seeds / (now - last))}
+            rows.append(pd.DataFrame(row | values))
+            bar.update(len(pending) * steps * num_seeds)
+            bar.set_postfix_str(f"return {values['returned_episode_returns'].mean():.2f}")
+            if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
+                bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
+                diverged |= news
+            if log:
+                attempt(log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
+            if i - (checkpoints.latest_step() or 0) >= checkpoint_interval or i == num_updates or stop:
+                attempt(save, folder, checkpoints, state, rows, i)
+            pending, last = [], time.time()
+    checkpoints.close()
+    if signals:
+        print(f"Stopped after {i} of {num_updates} updates; go on with", shlex.quote(f'RESUME="{folder}"'))
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+
+    table = pd.concat(rows, ignore_index=True)
+    attempt(draw, table, f"{config.ALG_NAME} on {config.TASK}", folder / "learning_curve.png")
+    final = table[table.update_steps == i].filter(regex="returned|test/")
+    print(final.agg(["mean", "min", "max"]).T.to_string(float_format="%.2f"), f"Run folder: {folder}", sep="\n")
+    score = float(final["test/returned_episode_returns"].mean())
+    return {"runner_state": state, "metrics": table, "score": score, "folder": folder}
+
+
+def average(updates):
+    """What is logged of some updates, {name: [num_seeds]}: means, of returns where an episode ended, and the last test."""
+    tables = {name: pd.DataFrame([metrics[name] for metrics in updates]) for name in updates[0]}
+    means = {name: table.mean(skipna=name.startswith("returned_")) for name, table in tables.items()}
+    return means | {name: x.ffill().iloc[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
+
+
+def write_run(folder, config, settings):
+    """Write config.yaml and, at first, this script into a run's folder."""
+    about = {"script": SCRIPT, "task": config.TASK, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    begun = (folder / "config.yaml").exists()
+    about["commands"] = [*(read_run(folder)[-1]["commands"] if begun else ()), shlex.join(sys.argv)]
+    content = vars(settings) | {"RESUME": None, "alg": vars(config), "about": about}
+    OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
+    if "__file__" in globals() and not begun:
+        shutil.copy(__file__, folder / f"{SCRIPT}.py")
+
+
+def read_run(folder, save_path="", changes=()):
+    """A run's folder (or the latest one's), Config, Settings and facts, with changes (("alg.LR", 1e-3), ...) merged."""
+    if folder == "latest":
+        configs = sorted(Path(save_path).glob(f"{SCRIPT}_*/*/config.yaml"), key=lambda path: path.parent.name)
+        if not configs:
+            raise FileNotFoundError(f"RESUME=latest: there is no run of {SCRIPT} in SAVE_PATH={save_path}")
+        folder = configs[-1].parent
+    values = OmegaConf.load(Path(folder, "config.yaml"))
+    for key, value in changes:
+        before = OmegaConf.select(values, key)
+        if key in FIXED and value != before or key == "alg.TOTAL_TIMESTEPS" and value < before:
+            raise ValueError(f"{key}={value} contradicts RESUME={folder}, which has {before}")
+        OmegaConf.update(values, key, value, force_add=True)
+    values = OmegaConf.to_container(values)
+    alg, about = values.pop("alg"), values.pop("about")
+    return Path(folder).resolve(), Config(**alg), Settings(**values), about
+
+
+def save(folder, checkpoints, state, rows, done):
+    """Bring metrics.csv, params.safetensors and the checkpoints up to date."""
+    variables = jax.device_get(state.variables)
+    pd.concat(rows).to_csv(folder / "metrics.csv.new", index=False)
+    save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
+    for name in ("metrics.csv", "params.safetensors"):  # whole or not at all
+        os.replace(folder / f"{name}.new", folder / name)
+    checkpoints.save(done, args=ocp.args.StandardSave(state), force=True)
+
+
+def load(folder):
+    """The Config of a run, its QNetwork and that network's variables, every leaf [num_seeds, ...]."""
+    _, config, *_ = read_run(folder)
+    variables = load_file(Path(folder) / "params.safetensors")
+    return config, make_network(config), traverse_util.unflatten_dict(variables, sep=".")
+
+
+def start_wandb(config, settings, folder):
+    """Open the run's wandb log, the same one again after RESUME."""
+    import wandb
+
+    options = {"project": settings.PROJECT, "entity": settings.ENTITY, "mode": settings.WANDB_MODE, "dir": folder}
+    options |= {"name": folder.parent.name, "id": folder.name, "resume": "allow", "reinit": "finish_previous"}
+    return wandb.init(config=vars(settings) | vars(config), **options)
+
+
+def log_wandb(log, row, all_seeds):
+    """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
+    each = row.set_index("seed").unstack().dropna() if all_seeds else {}
+    values = row.drop(columns="seed").mean().dropna().to_dict()
+    values |= {f"rng{seed}/{name}": x for (name, seed), x in each.items()}
+    log.log(values, step=int(values["update_steps"]))
+
+
+def draw(table, title, path):
+    """A PNG of returns (or wins) against steps: interquartile mean over seeds, with a 95% bootstrap interval."""
+    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    name = "returned_won_episode" if "returned_won_episode" in table else "returned_episode_returns"
+    table = table.assign(step=pd.cut(table.env_step, 100).map(lambda interval: interval.mid))  # at most 100 points
+    points = table.melt(["seed", "step"], [name, f"test/{name}"]).groupby(["variable", "seed", "step"], observed=True)
+    options = {"hue": "variable", "estimator": partial(trim_mean, proportiontocut=0.25), "n_boot": 200, "marker": "."}
+    sns.lineplot(points.mean().reset_index(), x="step", y="value", ax=axes, **options)
+    axes.set(title=title, xlabel="environment steps", ylabel="mean over episodes (IQM and 95% CI over seeds)")
+    axes.figure.savefig(path, dpi=120)
+    if "ipykernel" in sys.modules:  # a notebook
+        sys.modules["IPython"].display.display(sys.modules["IPython"].display.Image(filename=path))
+
+
+def attempt(function, *args):
+    """Call what must not harm training where it fails (a log, a save, a plot): the failure becomes a warning."""
+    try:
+        return function(*args)
+    except Exception as error:
+        print(f"Warning: {function.__name__} failed, training goes on: {error!r}", file=sys.stderr)
+
+
+@contextmanager
+def catch_signals():
+    """Collect Ctrl-C, SIGTERM and SLURM's SIGUSR2 in a list: a run saves before it ends; the second one ends it at once."""
+    received, in_main = [], threading.current_thread() is threading.main_thread()
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR2", signal.SIGTERM)}
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(number, previous[number])
+        print("\nStopping after this update, then saving; once more to stop at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, handler) for number in numbers if in_main}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+CONFIGS = Path(globals().get("__file__", "")).resolve().parent / "configs"
+FOUND = {"config_path": str(CONFIGS), "config_name": "config"} if CONFIGS.exists() else {"config_name": "schema"}
+HYDRA = {"run": {"dir": "."}, "output_subdir": None}  # the run's folder has it all
+HYDRA |= {"sweep": {"dir": "runs/sweeps/${now:%Y-%m-%d_%H-%M-%S}", "subdir": "."}}
+HYDRA |= {"job_logging": {"root": {"level": "WARNING"}, "handlers": {"file": {"filename": os.devnull}}}}
+SCHEMA = vars(Settings()) | {"alg": vars(Config()), "hydra": HYDRA}
+hydra.core.config_store.ConfigStore.instance().store(name="schema", node=SCHEMA)
+
+
+@hydra.main(version_base="1.3", **FOUND)
+def main(cfg):
+    """The command line. A mistake is one line; in a sweep the other jobs go on."""
+    try:
+        if cfg.RESUME:  # the run's configuration, with what is overridden by name; a recipe is ignored
+            overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+            keys = {override.lstrip("+").split("=")[0] for override in overrides} - {"alg"}
+            changes = [(key, OmegaConf.select(cfg, key)) for key in sorted(keys)]
+            folder, config, settings, _ = read_run(cfg.RESUME, cfg.SAVE_PATH, changes)
+            settings.RESUME = folder
+            print("Resuming with", dict(changes))
+        else:
+            values = OmegaConf.to_container(cfg)
+            config, settings = Config(**values.pop("alg")), Settings(**values)
+            os.makedirs(settings.SAVE_PATH, exist_ok=True)
+    except (ValueError, OSError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        key = "".join(f"{key}={first['input']!r}: " for key in first["loc"][:1])
+        raise hydra.errors.CompactHydraException(f"Error: {key}{first['msg'].removeprefix('Value error, ')}") from None
+    try:
+        return run(config, **vars(settings))["score"]
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # a notebook cell only defines
+    main()
