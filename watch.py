@@ -93,16 +93,20 @@ def team_game(pqn, config, q_values, epsilon):
     env = pqn.make_env(config)
     hidden = jnp.zeros((1, len(env.agents), config.HIDDEN_SIZE)) if config.NETWORK == "rnn" else ()
 
+    def stack(values):
+        return jnp.stack([values[agent] for agent in env.agents])
+
     def step(carry, key):
         obs, state, hidden = carry
         key_act, key_step = jax.random.split(key)
-        values, hidden = q_values(obs[None, None], hidden)
-        action = pqn.explore(key_act, values[0, 0], env.available(state), epsilon)
+        values, hidden = q_values(stack(obs)[None, None], hidden)
+        available = stack(env.get_valid_actions(jax.tree.map(lambda x: x[None], state)))[:, 0] > 0
+        action = pqn.explore(key_act, values[0, 0], available, epsilon)
         shown = key_step, state, dict(zip(env.agents, action, strict=True))
-        obs, state, reward, _, done = env.step(key_step, state, action)
-        return (obs, state, hidden), reward, done, shown
+        obs, state, reward, done, _ = env.wrapped_step(*shown)
+        return (obs, state, hidden), reward["__all__"], done["__all__"], shown
 
-    return lambda key: (*env.reset(key), hidden), step
+    return lambda key: (*env.wrapped_reset(key), hidden), step
 
 
 def play(game, key):
@@ -192,11 +196,11 @@ def draw_team(pqn, config, steps):
     """By JaxMARL's visualisers; Hanabi has none that draws."""
     import jax
 
-    env, states = pqn.make_env(config), [state for _, state, _ in steps]
+    env, states = pqn.make_env(config)._env._env, [state for _, state, _ in steps]
     if config.ENV_NAME == "overcooked":
         from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
 
-        pad = env.env.agent_view_size - 2
+        pad = env.agent_view_size - 2
         for state in states:
             grid = np.asarray(state.maze_map[pad:-pad, pad:-pad])
             shown = {"agent_dir_idx": state.agent_dir_idx, "agent_inv": state.agent_inv}
@@ -204,9 +208,9 @@ def draw_team(pqn, config, steps):
     elif "SMAX" in config.ENV_NAME:
         from jaxmarl.viz.visualizer import SMAXVisualizer
 
-        step = jax.jit(env.env.step_env, static_argnames="get_state_sequence")
-        env.env.step_env = lambda *args, **kw: jax.device_get(step(*args, **kw))  # NumPy is quicker to draw from
-        visualiser = SMAXVisualizer(env.env, jax.device_get(steps))
+        step = jax.jit(env.step_env, static_argnames="get_state_sequence")
+        env.step_env = lambda *args, **kw: jax.device_get(step(*args, **kw))  # NumPy is quicker to draw from
+        visualiser = SMAXVisualizer(env, jax.device_get(steps))
         visualiser.expand_state_seq()
         visualiser.state_seq = jax.device_get(visualiser.state_seq)
         visualiser.init()
@@ -215,7 +219,7 @@ def draw_team(pqn, config, steps):
         from jaxmarl.environments.mpe.mpe_visualizer import MPEVisualizer
 
         with contextlib.redirect_stdout(io.StringIO()):
-            visualiser = MPEVisualizer(env.env, states)
+            visualiser = MPEVisualizer(env, states)
         yield from figure_frames(visualiser, len(states))
     else:
         raise NotImplementedError(f"JaxMARL cannot draw {config.ENV_NAME}")

@@ -1,7 +1,5 @@
 """A script's speed on this machine, in turns with the plain PQN of baseline.py or with another commit's script.
 
-For scripts that have `start_seeds`: not yet those of Craftax and of teams.
-
     python benchmarks/speed.py                                             # every recipe below, one seed, alone
     python benchmarks/speed.py --recipes pqn pqn_cartpole --against plain --seeds 1 4
     python benchmarks/speed.py --recipes pqn_vdn_mpe --against HEAD~1      # that commit's script, of the same contract

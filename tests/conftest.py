@@ -4,6 +4,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import runpy
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation. XLA stops at flags that it does not know, so the second is for known versions.
-FLAGS = "--xla_backend_optimization_level=1"
+FLAGS = "--xla_backend_optimization_level=0"
 FLAGS += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["COLUMNS"] = "200"
@@ -53,7 +54,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 
 
 class Command:
-    """A script's command line in a process of its own: exit code, output and errors; arguments as in a shell."""
+    """A command line in a process of its own: exit code, output and errors. Of a script of ours, by name, or a file."""
 
     count = itertools.count()
 
@@ -70,8 +71,12 @@ class Command:
         os.chdir(folder)
         for stream, file in enumerate(files, 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
-        sys.argv = [f"{script}.py", *arguments]
-        importlib.import_module(script).main()
+        sys.argv = [str(script), *map(str, arguments)]
+        if str(script).endswith(".py"):
+            sys.path.insert(0, str(Path(folder, script).parent))
+            runpy.run_path(str(script), run_name="__main__")
+        else:
+            importlib.import_module(script).main()
 
     @property
     def out(self):

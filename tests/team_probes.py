@@ -42,15 +42,19 @@ class Clock(MultiAgentEnv):
         state = ClockState(jnp.int32(0), jax.random.randint(key, (), self.shortest, self.longest + 1))
         return self.get_obs(state), state
 
-    def get_avail_actions(self, state):
+    @property
+    def name(self):
+        return "hanabi's manager: the reward is one, and there are legal moves"
+
+    def get_legal_moves(self, state):
         def mask(i):
-            action = jnp.arange(2 + i)
-            return (action == 0) | (((action + i + state.time) % 2 == 0) & (state.time < i + 2))
+            action = jnp.arange(4)
+            return (action == 0) | ((action < 2 + i) & ((action + i + state.time) % 2 == 0) & (state.time < i + 2))
 
         return {agent: mask(i) for i, agent in enumerate(self.agents)}
 
     def step_env(self, key, state, actions):
-        available = self.get_avail_actions(state)
+        available = self.get_legal_moves(state)
         reward = sum(1.0 * a - 100.0 * ~available[agent][a] for agent, a in actions.items())
         state = state.replace(time=state.time + 1)
         done = {agent: state.time >= i + 2 for i, agent in enumerate(self.agents)}
@@ -102,4 +106,4 @@ class Door(MultiAgentEnv):
 PROBES = {"clock": Clock, "door": Door}
 make = jaxmarl.make
 jaxmarl.make = lambda name, **kwargs: PROBES[name](**kwargs) if name in PROBES else make(name, **kwargs)
-pqn.ENVIRONMENTS.update(clock=True, door=False)
+pqn.RECIPES.update(clock=None, door=None)

@@ -1,15 +1,12 @@
 """What is the gymnax script's alone: any environment with discrete actions, several devices, a short learning run."""
 
 import json
-import os
-import subprocess
-import sys
 
 import gymnax
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 from gymnax.environments import environment, spaces
 from pydantic import ValidationError
 
@@ -92,7 +89,7 @@ def test_reward_scale_scales_what_is_learned_and_not_what_is_reported():
 
 SHARDED = """
 import jax, json, numpy as np, sys
-sys.path.insert(0, sys.argv[1])
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))  # as JAX_NUM_CPU_DEVICES
 import pqn_gymnax as pqn
 out, config = {"devices": jax.local_device_count()}, pqn.Config(**json.loads(sys.argv[2]))
 for num_seeds in json.loads(sys.argv[3]):
@@ -105,14 +102,12 @@ print(json.dumps(out))
 """
 
 
-def test_seeds_are_spread_over_devices_and_the_numbers_are_those_of_one():
+def test_seeds_are_spread_over_devices_and_the_numbers_are_those_of_one(command, tmp_path):
     """And importing the script changes no setting of JAX: its devices are those of the environment."""
-    results = []
-    for devices, seeds in (1, [6, 1]), (4, [4, 6, 5]):  # 4 seeds are the first of 6
-        env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", SHARDED, str(ROOT), json.dumps(TINY), json.dumps(seeds)]
-        results.append(json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout))
-    one, four = results
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    sizes = (1, [6, 1]), (4, [4, 6, 5])  # 4 seeds are the first of 6
+    processes = [command("sharded.py", devices, json.dumps(TINY), json.dumps(seeds)) for devices, seeds in sizes]
+    one, four = (json.loads(process.out) for process in processes if process.code == 0)
     assert one["devices"] == 1 and four["devices"] == 4 and [four[f"for {n}"] for n in (4, 6, 5)] == [4, 3, 1]
     for result, n in ((four, 4), (four, 6), (one, 1)):
         for i in range(3):

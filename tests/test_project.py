@@ -11,7 +11,6 @@ from conftest import ROOT, SCRIPTS
 # What may differ from script to script, by name; everything else at top level is the same, letter for letter.
 MAY_DIFFER = {"SCRIPT", "Config", "QNetwork", "Transition", "TrainState", "make_env", "make_network", "make_pqn"}
 MAY_DIFFER_IN_ATARI = {"make_train", "start_seeds"}  # one pool of emulators for all seeds
-SHORT = ["pqn_atari_envpool", "pqn_gymnax", "pqn_minatar"]  # of the new design; the others follow
 GYMNAX = {"SCRIPT", "Config", "QNetwork", "make_network"}  # between the two scripts of gymnax
 
 
@@ -30,7 +29,7 @@ def definitions(script):
     return found
 
 
-@pytest.mark.parametrize("a, b", list(itertools.combinations(SHORT, 2)))
+@pytest.mark.parametrize("a, b", list(itertools.combinations(SCRIPTS, 2)))
 def test_same_named_definitions_are_the_same(a, b):
     allowed = MAY_DIFFER | (MAY_DIFFER_IN_ATARI if "pqn_atari_envpool" in (a, b) else set())
     allowed = GYMNAX if {a, b} == {"pqn_gymnax", "pqn_minatar"} else allowed
@@ -38,7 +37,7 @@ def test_same_named_definitions_are_the_same(a, b):
     assert {name for name in a.keys() & b.keys() if a[name] != b[name]} <= allowed
 
 
-@pytest.mark.parametrize("script", SHORT)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_enough_to_read(script):
     """At most 600 lines (700 where the environment needs more), 260 of them below make_train."""
     text = (ROOT / f"{script}.py").read_text()
@@ -62,8 +61,7 @@ def test_inline_dependencies_are_those_of_the_extra(script):
     text = (ROOT / f"{script}.py").read_text()
     inline = tomllib.loads("".join(re.findall(r"^# (.*\n)", text.split("# ///\n")[0].split("# /// script\n")[1], re.M)))
     extra = next(names for key, names in project["optional-dependencies"].items() if key in script.split("_"))
-    declared = sorted(project["dependencies"] + extra)
-    assert sorted(inline["dependencies"]) == declared or script not in SHORT and {*inline["dependencies"]} < {*declared}
+    assert sorted(inline["dependencies"]) == sorted(project["dependencies"] + extra)
     assert inline["requires-python"] == project["requires-python"]
 
 

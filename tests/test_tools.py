@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 import sys
 
 import pytest
@@ -13,13 +12,20 @@ import generate  # noqa: E402
 
 import plot  # noqa: E402
 
+MPE = {
+    "ENV_NAME": "MPE_simple_spread_v3",
+    "MAP_NAME": None,
+    "ALG_NAME": "pqn_vdn_mpe",
+    "NETWORK": "mlp",
+    "MEMORY_WINDOW": 0,
+}
 # Beside TINY: what each script's notebook trains here, on its own defaults else.
 CHANGES = {
     "pqn_minatar": {"NUM_SEEDS": 2},
     "pqn_gymnax": {},
     "pqn_atari_envpool": {"TOTAL_TIMESTEPS": 96, "TEST_ENVS": 1, "ENV_KWARGS": {"max_episode_steps": 60}},
     "pqn_craftax_rnn": SHORT_CRAFTAX,
-    "pqn_vdn_jaxmarl": {"HIDDEN_SIZE": 16},
+    "pqn_vdn_jaxmarl": MPE | {"HIDDEN_SIZE": 16},
 }
 PICTURES = {
     "pqn_minatar": (160, 160), "pqn_gymnax": (600, 500), "pqn_atari_envpool": (160, 210), "pqn_craftax_rnn": (144, 144),
@@ -84,24 +90,26 @@ gymnax.registration.register("Mine-v0", Mine)
 """
 
 
-def test_an_environment_of_ones_own_is_trained_resumed_and_watched(tmp_path):
+def test_an_environment_of_ones_own_is_trained_resumed_and_watched(command, tmp_path):
     """Its module registers it: imported before `run`, and named to watch.py; without it a line says what is missing."""
     (tmp_path / "mine.py").write_text(MINE)
     config = TINY | {"ENV_NAME": "Mine-v0"}
     run = "import mine, pqn_gymnax as pqn\nprint(pqn.run({}, SAVE_PATH='runs')['score'])"
+    (tmp_path / "train.py").write_text(run.format(f"pqn.Config(**{config!r})"))
+    (tmp_path / "resume.py").write_text(run.format("RESUME='latest'"))
     watch = [ROOT / "watch.py", "--episodes=2", "--out=watch.gif"]
     for arguments, code, said in (
-        (["-c", run.format(f"pqn.Config(**{config!r})")], 0, "Run folder"),
-        (["-c", run.format("RESUME='latest'")], 0, "Run folder"),
-        ([ROOT / "pqn_gymnax.py", "RESUME=latest"], 1, "ENV_NAME=Mine-v0 is not registered with gymnax"),
+        (["train.py"], 0, "Run folder"),
+        (["resume.py"], 0, "Run folder"),
+        (["pqn_gymnax", "RESUME=latest"], 1, "ENV_NAME=Mine-v0 is not registered with gymnax"),
         ([*watch, None], 1, "--import <the module that registers it>"),
         ([*watch, None, "--import=mine"], 0, "Wrote watch.gif"),
     ):
         arguments = [next(tmp_path.glob("runs/*/*")) if word is None else word for word in arguments]
-        process = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert process.returncode == code and said in process.stdout + process.stderr, process.stderr
-        assert "Traceback" not in process.stderr
-    assert process.stdout.count("return ") == 2
+        process = command(*arguments)
+        assert process.code == code and said in process.out + process.err, process.err
+        assert "Traceback" not in process.err
+    assert process.out.count("return ") == 2
 
 
 def fake_run(folder, seed, returns, lr=1e-3, **more):
