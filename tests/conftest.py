@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation. XLA stops at flags that it does not know, so the second is for known versions.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0"  # processes that learn for long have level 1
 FLAGS += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["COLUMNS"] = "200"
@@ -58,18 +58,19 @@ class Command:
 
     count = itertools.count()
 
-    def __init__(self, folder, script, *arguments):
+    def __init__(self, folder, script, *arguments, level=0):
         self.files = [folder / f"{next(self.count)}.{stream}" for stream in ("out", "err")]
         for file in self.files:
             file.touch()
         process = partial(FORKS.Process, daemon=True)  # it ends with the tests, whatever became of its own
-        self.process = process(target=self.call_main, args=(folder, script, arguments, *self.files))
+        self.process = process(target=self.call_main, args=(folder, script, arguments, *self.files, level))
         self.process.start()
 
     @staticmethod
-    def call_main(folder, script, arguments, *files):
+    def call_main(folder, script, arguments, out, err, level=0):
+        os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("level=0", f"level={level}")
         os.chdir(folder)
-        for stream, file in enumerate(files, 1):
+        for stream, file in enumerate((out, err), 1):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = [str(script), *map(str, arguments)]
         if str(script).endswith(".py"):

@@ -1,9 +1,8 @@
 """Atari's alone: emulators against an oracle without JAX, masking, scores of full games, seeds, resuming, encoders, errors."""
 
 import csv
-import os
 import re
-import subprocess
+import shutil
 import sys
 from functools import partial
 
@@ -20,7 +19,8 @@ from test_algorithm import Layer, compare_layers, oracle
 envpool = pytest.importorskip("envpool")
 import pqn_atari_envpool as pqn  # noqa: E402
 
-LIMIT = {**pqn.PROTOCOL, "max_episode_steps": 150, "num_threads": 2}
+# Small screens: less to compute
+LIMIT = {**pqn.PROTOCOL, "max_episode_steps": 150, "num_threads": 2, "img_height": 44, "img_width": 44}
 TINY = {
     "ENV_NAME": "Breakout-v5", "ENV_KWARGS": LIMIT, "NUM_ENVS": 3, "NUM_STEPS": 8, "NUM_MINIBATCHES": 2, "NUM_EPOCHS": 1,
     "TOTAL_TIMESTEPS": 3 * 8 * 4, "TEST_ENVS": 2,
@@ -194,13 +194,13 @@ def test_test_emulators_play_greedily_and_report_their_latest_score(recorded):
 
 def test_masked_transitions_are_not_learned_from(monkeypatch):
     """The loss is the mean over the others, whatever stands in those; where all are masked, nothing is learned."""
-    given, shapes = [], (((12, 4, 84, 84), np.uint8), ((12,), np.int32), ((12,), np.float32), ((12,), bool))
+    given, shapes = [], (((12, 4, 44, 44), np.uint8), ((12,), np.int32), ((12,), np.float32), ((12,), bool))
     shapes = [jax.ShapeDtypeStruct((2, *shape), dtype) for shape, dtype in shapes]
     fixed = lambda *_: tuple(jax.pure_callback(lambda: tuple(np.stack([x, x]) for x in given[0]), shapes))  # noqa: E731
     monkeypatch.setattr(pqn, "shuffle_minibatches", fixed)
     config = pqn.Config(**TINY | {"TEST_ENVS": 0})
     state, update = pqn.start_seeds(config, keys(1))
-    obs = np.random.default_rng(0).integers(0, 256, (12, 4, 84, 84)).astype(np.uint8)
+    obs = np.random.default_rng(0).integers(0, 256, (12, 4, 44, 44)).astype(np.uint8)
     mask, action, target = np.arange(12) % 3 > 0, np.arange(12, dtype=np.int32) % 4, np.arange(12, dtype=np.float32)
     ends = []
     for batch in (
@@ -240,7 +240,7 @@ def test_run_is_live(whole_run):
     config, network, variables = pqn.load(whole_run["folder"])
     assert config == pqn.Config(**TINY) and equal_trees(variables, whole_run["runner_state"].variables)
     first = jax.tree.map(lambda x: x[0], variables)
-    assert network.apply(first, np.zeros((2, 4, 84, 84), np.uint8)).shape == (2, 4)
+    assert network.apply(first, np.zeros((2, 4, 44, 44), np.uint8)).shape == (2, 4)
 
 
 def test_seed_alone_in_train_equals_seed_among_others_in_run(whole_run):
@@ -273,7 +273,7 @@ def test_resumed_run_has_its_learner_and_fresh_emulators(whole_run):
     assert np.isfinite(resumed["metrics"].td_loss).all() and np.isfinite(resumed["score"])
     env, games = pqn.start_emulators(longer, keys(2), 5)
     fresh = pqn.make_env(longer, pqn.emulator_seeds(keys(2), 5)).reset()[0]
-    np.testing.assert_array_equal(games.obs.reshape(10, 4, 84, 84), fresh)
+    np.testing.assert_array_equal(games.obs.reshape(10, 4, 44, 44), fresh)
     assert not games.done.any() and (games.returns == 0).all() and np.isnan(games.last_returns).all()
 
 
@@ -465,17 +465,16 @@ def test_an_option_of_envpools_is_over_the_published_protocol():
     assert config.ENV_KWARGS == pqn.PROTOCOL | {"noop_max": 5}
 
 
-def test_missing_envpool_is_one_clear_line(tmp_path):
+def test_missing_envpool_is_one_clear_line(command, tmp_path):
     (tmp_path / "envpool.py").write_text("raise ImportError('no wheel')")
-    script, environment = ROOT / "pqn_atari_envpool.py", os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    for arguments in ([script, "+alg=pqn_atari"], ["-c", "import pqn_atari_envpool"]):
-        process = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
-        )
-        assert process.returncode == 1, process.stderr
-        last = process.stderr.splitlines()[-1]
+    shutil.copy(ROOT / "pqn_atari_envpool.py", tmp_path)
+    (tmp_path / "mine.py").write_text("import pqn_atari_envpool")
+    for arguments in (["pqn_atari_envpool.py", "+alg=pqn_atari"], ["mine.py"]):
+        process = command(*arguments)
+        assert process.code == 1, process.err
+        last = process.err.splitlines()[-1]
         assert "Error: envpool is needed (no wheel): `pip install 'envpool>=1.2.5'`" in last
-        assert arguments[0] == "-c" or len(process.stderr.splitlines()) == 1
+        assert arguments[0] == "mine.py" or len(process.err.splitlines()) == 1
 
 
 def test_platforms_without_envpools_xla_interface_are_one_clear_line(monkeypatch):

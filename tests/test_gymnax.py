@@ -5,6 +5,7 @@ import json
 import gymnax
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import TINY
 from gymnax.environments import environment, spaces
@@ -116,7 +117,9 @@ def test_seeds_are_spread_over_devices_and_the_numbers_are_those_of_one(command,
                 np.testing.assert_allclose(value[:n], other, rtol=1e-3, atol=1e-4, err_msg=f"{n} seeds, {key}")
 
 
-def test_solves_cartpole(tmp_path):
+def test_solves_cartpole(command, tmp_path):
     """The published recipe reaches 500 well before its 5e5 steps; a broken learner stays below 200."""
-    out = pqn.run(pqn.Config(TOTAL_TIMESTEPS=2.5e5, TEST_INTERVAL=1.0), NUM_SEEDS=2, SAVE_PATH=tmp_path)
-    assert out["score"] > 450
+    process = command("pqn_gymnax", "alg.TOTAL_TIMESTEPS=2.5e5", "alg.TEST_INTERVAL=1", level=3)
+    assert process.code == 0, process.err
+    (table,) = map(pd.read_csv, tmp_path.glob("runs/*/*/metrics.csv"))
+    assert table["test/returned_episode_returns"].iloc[-1] > 450

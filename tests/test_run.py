@@ -71,10 +71,8 @@ def test_run_is_train_and_logs_means_over_intervals(script, tmp_path):
     np.testing.assert_allclose(means["test/returned_episode_returns"], tests)
 
 
-@pytest.mark.parametrize("arguments", [["SAVE_PATH=killed"], []])
+@pytest.mark.parametrize("name, arguments", [("pqn_minatar", ["SAVE_PATH=killed"]), ("pqn_gymnax", [])])
 def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, arguments, command, tmp_path):
-    if not arguments and name == "pqn_minatar":
-        pytest.skip("the same definitions: tried on one script")
     run = [*tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 200), "NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
     process = command(name, *run, *arguments)
     killed = tmp_path / (arguments or ["SAVE_PATH=runs"])[0].split("=")[1]
@@ -165,8 +163,10 @@ def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     assert "test/returned_episode_returns" in capsys.readouterr().out
 
 
-def test_running_statistics_are_trained_saved_and_restored(script, tmp_path):
+def test_running_statistics_are_trained_saved_and_restored(tmp_path):
     """And a finished run is trained for longer, with a Config that Python gives."""
+    import pqn_minatar as script
+
     changes = {"NORM_INPUT": True, "NORM_TYPE": "batch_norm"}
     out = script.run(script.Config(**TINY | changes), NUM_SEEDS=2, SAVE_PATH=tmp_path)
     _, _, variables = script.load(out["folder"])
@@ -182,8 +182,10 @@ def test_running_statistics_are_trained_saved_and_restored(script, tmp_path):
     assert equal_trees(again["runner_state"], resumed["runner_state"]) and again["score"] == resumed["score"]
 
 
-def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, capsys):
+def test_full_disk_and_failing_plot_lose_nothing(tmp_path, monkeypatch, capsys):
     """Saving fails until the last checkpoint, and the plot always: training ends, and the end is saved."""
+    import pqn_gymnax as script
+
     failures, replace = [0], os.replace
 
     def full(*args):
@@ -204,7 +206,9 @@ def test_full_disk_and_failing_plot_lose_nothing(script, tmp_path, monkeypatch, 
     assert equal_trees(script.load(out["folder"])[2], out["runner_state"].variables)
 
 
-def test_checkpoints_follow_their_interval_not_the_logs(script, tmp_path):
+def test_checkpoints_follow_their_interval_not_the_logs(tmp_path):
+    import pqn_gymnax as script
+
     out = script.run(script.Config(**TINY), SAVE_PATH=tmp_path, LOG_INTERVAL=3, CHECKPOINT_INTERVAL=5)
     assert {path.name for path in (out["folder"] / "checkpoints").iterdir() if path.name.isdigit()} == {"6", "12"}
 
@@ -234,14 +238,18 @@ def test_signals_are_collected_and_then_as_before(script):
     assert seen == [[list]]  # in another thread there is nothing to catch
 
 
-def test_nan_losses_are_reported_when_they_start(script, tmp_path, capsys):
+def test_nan_losses_are_reported_when_they_start(tmp_path, capsys):
+    import pqn_gymnax as script
+
     script.run(script.Config(**TINY | {"REW_SCALE": 1e30}), NUM_SEEDS=2, SAVE_PATH=tmp_path)
     err = capsys.readouterr().err
     assert 1 <= err.count("is not finite") <= 2 and "the loss of seed [0" in err
 
 
-def test_wandb_has_means_and_each_seed_and_a_failing_log_is_a_warning(script, tmp_path, monkeypatch, capsys):
+def test_wandb_has_means_and_each_seed_and_a_failing_log_is_a_warning(tmp_path, monkeypatch, capsys):
     import wandb
+
+    import pqn_gymnax as script
 
     init, logged = wandb.init, []
 
@@ -342,7 +350,8 @@ def test_bad_input_is_one_clear_line(mistakes, case):
     assert case == "unknown recipe" or len(err.splitlines()) <= 9, err  # Hydra adds lines of help
 
 
-def test_what_contradicts_a_run_is_refused_and_what_does_not_is_merged(name, command, tmp_path):
+def test_what_contradicts_a_run_is_refused_and_what_does_not_is_merged(command, tmp_path):
+    name = "pqn_gymnax"
     assert command(name, *tiny_arguments(), "SEED=3", "NUM_SEEDS=2").code == 0
     (folder,) = tmp_path.glob("runs/*/*")
     cases = [

@@ -4,6 +4,8 @@ import csv
 import json
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT, SCRIPTS, SHORT_CRAFTAX, TINY, tiny_arguments
 
@@ -65,6 +67,16 @@ def test_notebook_trains_and_its_agent_can_be_watched(script, tmp_path, monkeypa
     assert any("image/png" in output.get("data", {}) for output in train.outputs)
 
     (folder,) = tmp_path.glob("runs/*/*")
+    if (
+        script == "pqn_craftax_rnn"
+    ):  # of the real environment: achievements, a score within its bounds, ENV_KWARGS in force
+        table = pd.read_csv(folder / "metrics.csv")
+        last = table.iloc[-1]
+        assert np.isfinite(table.td_loss).all() and -1 <= last["test/returned_episode_returns"] <= 22
+        assert 0 < last["test/returned_episode_lengths"] <= 20 and last["test/unfinished"] == 0
+        assert sum(key.startswith("Achievements/") for key in table) == 22
+        percent = last["test/returned_episode_returns"] / 22 * 100
+        np.testing.assert_allclose(last["test/percent_of_maximum"], percent, rtol=1e-5)
     assert (folder / "params.safetensors").exists() and "Warning" not in text, text
     assert any(path.name.isdigit() for path in (folder / "checkpoints").iterdir())
     picture, last = tmp_path / "episode.gif", str(seeds - 1)
