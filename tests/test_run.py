@@ -71,21 +71,23 @@ def test_run_is_train_and_logs_means_over_intervals(script, tmp_path):
     np.testing.assert_allclose(means["test/returned_episode_returns"], tests)
 
 
-@pytest.mark.parametrize("name, arguments", [("pqn_minatar", ["SAVE_PATH=killed"]), ("pqn_gymnax", [])])
-def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, arguments, command, tmp_path):
-    run = [*tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * 200), "NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
+@pytest.mark.parametrize(
+    "name, updates, arguments", [("pqn_minatar", 100, ["SAVE_PATH=killed"]), ("pqn_gymnax", 200, [])]
+)
+def test_killed_and_resumed_run_ends_as_if_it_had_never_stopped(name, updates, arguments, command, tmp_path):
+    run = [*tiny_arguments(TOTAL_TIMESTEPS=4 * 8 * updates), "NUM_SEEDS=2", "LOG_INTERVAL=2", "CHECKPOINT_INTERVAL=10"]
     process = command(name, *run, *arguments)
     killed = tmp_path / (arguments or ["SAVE_PATH=runs"])[0].split("=")[1]
     wait_for(lambda: list(killed.glob("*/*/checkpoints/[1-9]*0/_CHECKPOINT_METADATA")), process)
     process.send_signal(signal.SIGKILL)
     assert process.code == -signal.SIGKILL and "Compiling" in process.out
     (folder,) = killed.glob("*/*")
-    assert 0 < max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) < 200
+    assert 0 < max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()) < updates
     resumed = command(name, "RESUME=latest", *arguments)
     assert resumed.code == 0, resumed.err
     assert command(name, *run, "SAVE_PATH=whole").code == 0
     pd.testing.assert_frame_equal(read_csv(killed), read_csv(tmp_path / "whole"))
-    assert read_csv(killed).env_step.iloc[-1] == str(4 * 8 * 200)
+    assert read_csv(killed).env_step.iloc[-1] == str(4 * 8 * updates)
     a, b = (next(path.glob("*/*/params.safetensors")).read_bytes() for path in (killed, tmp_path / "whole"))
     assert a == b
     commands = yaml.safe_load((folder / "config.yaml").read_text())["about"]["commands"]
