@@ -387,8 +387,9 @@ def make_pqn(config):
             apply = partial(network.apply, state.variables | {"params": params}, train=True, mutable=["batch_stats"])
             (_, q_values), updated = apply(hidden, *sequence[:3])
             q_action = jnp.sum(q_values * jax.nn.one_hot(sequence.action, env.num_actions), -1)  # faster than to index
-            squared = jnp.sum(jnp.square(q_action - targets(sequence, q_values)), where=sequence.mask)
-            return 0.5 * squared / jnp.maximum(sequence.mask.sum(), 1), (q_action.mean(where=sequence.mask), updated)
+            target, mask = targets(sequence, q_values), sequence.mask
+            squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
+            return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
         changes, opt_state = optimizer.update(grads, state.opt_state)

@@ -139,15 +139,17 @@ def make_env(config, num_envs=1):
     maps = MAP_NAME_TO_SCENARIO if smax else {None: None}
     check(config, "MAP_NAME", config.MAP_NAME in maps, " or ".join(maps) if smax else "null")
     check(config, "ENV_KWARGS", kwargs.get("layout") in [None, *overcooked_layouts], f"one of {[*overcooked_layouts]}")
+    check(config, "ENV_KWARGS", not smax or not kwargs.keys() & {"num_allies", "num_enemies"}, "without MAP_NAME's own")
     kwargs |= {"scenario": maps[config.MAP_NAME]} if smax else {}
     kwargs |= {"layout": overcooked_layouts[kwargs["layout"]]} if "layout" in kwargs else {}
     try:  # a step, too: JaxMARL looks at some of its options there
         env = jaxmarl.make(name, **kwargs)
         obs, state = jax.eval_shape(env.reset, jax.random.key(0))
-        jax.eval_shape(env.step, jax.random.key(0), state, dict.fromkeys(env.agents, jnp.int32(0)))
+        *_, info = jax.eval_shape(env.step, jax.random.key(0), state, dict.fromkeys(env.agents, jnp.int32(0)))
     except Exception as error:
         check(config, "ENV_KWARGS", False, f"what it takes: {error}".splitlines()[0])
     check(config, "NETWORK", config.NETWORK != "cnn" or obs[env.agents[0]].ndim == 3, "rnn or mlp: there are no images")
+    check(config, "REW_SHAPING_HORIZON", not config.REW_SHAPING_HORIZON or "shaped_reward" in info, "null: none here")
 
     def step(key, state, actions):  # of the team's end only: where agents end, the manager blanks what they see next
         obs, state, reward, done, info = env.step(key, state, actions)
@@ -325,7 +327,7 @@ def make_pqn(config):
         obs, env_state = env.batch_reset(key_reset)
         obs, zeros, no = stack(obs), jnp.zeros(env.batch_size), jnp.zeros(env.batch_size, bool)
         available, action = stack(env.get_valid_actions(env_state)) > 0, jnp.zeros(obs.shape[:2], int)
-        now = Transition(obs, available, action, zeros, ~no, no, zeros, zeros, zeros, no)  # done: a window ends in 0
+        now = Transition(obs, available, action, zeros, ~no, no, zeros, zeros, zeros, no)  # done: then hidden is 0
         window = jax.tree.map(lambda x: jnp.stack([x] * config.MEMORY_WINDOW), (now,) * (config.MEMORY_WINDOW > 0))
         hidden = jnp.zeros((*action.shape, config.HIDDEN_SIZE)) if rnn else ()
         variables = network.init(key_network, obs[None], hidden)
@@ -338,9 +340,9 @@ def make_pqn(config):
         action = explore(key_act, q_values[0], now.available, epsilon)
         actions = dict(zip(env.agents, action.T, strict=True))
         obs, env_state, reward, done, info = env.batch_step(key_step, state.env_state, actions)
-        reward, done, shaped = reward["__all__"], done["__all__"], sum(info.get("shaped_reward", {}).values())
+        reward, done, extra = reward["__all__"], done["__all__"], sum(info.get("shaped_reward", {}).values())
         returns, lengths, won = now.returns + reward, now.lengths + 1, (reward >= bonus) & (bonus >= 1)
-        value, mask, learned = team_value(q_values[0], now.available), jnp.ones_like(done), reward + shaping * shaped
+        value, mask, learned = team_value(q_values[0], now.available), jnp.ones_like(done), reward + shaping * extra
         transition = Transition(*now[:2], action, config.REW_SCALE * learned, done, mask, value, returns, lengths, won)
         now = now._replace(obs=stack(obs), available=stack(env.get_valid_actions(env_state)) > 0)
         now = now._replace(returns=returns * ~done, lengths=lengths * ~done)
@@ -420,9 +422,7 @@ def make_pqn(config):
 
         state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)} | jax.tree.map(jnp.mean, losses)
-        metrics |= {
-            name: x.mean(where=trajectory.done) for name, x in report(trajectory).items()
-        }  # NaN: no episode ended
+        metrics |= {name: x.mean(where=trajectory.done) for name, x in report(trajectory).items()}  # NaN: none ended
         interval = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))  # the last evaluation follows the last update
         due = (config.NUM_UPDATES - i - 1) % (interval if config.TEST_DURING_TRAINING else config.NUM_UPDATES) == 0
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), jax.eval_shape(evaluate, state, key_test))

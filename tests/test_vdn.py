@@ -428,6 +428,11 @@ SMAX, SPREAD = {"ENV_NAME": "HeuristicEnemySMAX", "MAP_NAME": "2s3z"}, {"ENV_NAM
         ({"MEMORY_WINDOW": 9, "NETWORK": "rnn"}, "MEMORY_WINDOW=9 .* at most 8"),
         ({"NETWORK": "rnn", "NUM_MINIBATCHES": 8}, "NUM_MINIBATCHES=8 .* a divisor of 4"),
         ({"ENV_NAME": "overcooked", "REW_SHAPING_HORIZON": 0}, "REW_SHAPING_HORIZON\n.*greater than 0"),
+        (
+            SPREAD | {"REW_SHAPING_HORIZON": 1e5},
+            "REW_SHAPING_HORIZON.*MPE_simple_spread_v3 must be null: none here",
+        ),
+        (SMAX | {"ENV_KWARGS": {"num_allies": 9}}, "ENV_KWARGS.* without MAP_NAME's own"),
         ({"ENV_NAME": "hanabi", "ALG_NAME": "pqn_vdn_smax"}, r"ALG_NAME=pqn_vdn_smax .*hanabi .*\+alg=pqn_vdn_hanabi"),
         (SMAX | {"ALG_NAME": "pqn_vdn_mpe"}, r"ALG_NAME=pqn_vdn_mpe .*SMAX .*\+alg=pqn_vdn_smax"),
     ],
