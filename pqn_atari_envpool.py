@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "envpool>=1.2.5", "hydra-core>=1.3.2", "omegaconf>=2.3",
-#   "pydantic>=2.10", "orbax-checkpoint>=0.11", "safetensors>=0.5", "pandas>=2.2", "seaborn>=0.13", "matplotlib>=3.8",
-#   "scipy>=1.15", "tqdm>=4.66", "wandb>=0.19",
+#   "jax>=0.10", "flax>=0.12", "optax>=0.2.6", "numpy>=2.0", "envpool>=1.2.5", "hydra-core>=1.3.2",
+#   "omegaconf>=2.3", "pydantic>=2.10", "orbax-checkpoint>=0.11", "safetensors>=0.5", "pandas>=2.2", "seaborn>=0.13",
+#   "matplotlib>=3.8", "scipy>=1.15", "tqdm>=4.66", "wandb>=0.19",
 # ]
 # ///
 """PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) on Atari, in one file. Documentation: docs/pqn_atari_envpool.md
@@ -68,8 +68,8 @@ class Config:
     ALG_NAME: str = "pqn_atari"  # a label for logs
     TOTAL_TIMESTEPS: PositiveInt = 50_000_000  # environment steps of one seed, of frame_skip frames each
     TOTAL_TIMESTEPS_DECAY: PositiveInt | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
-    NUM_ENVS: PositiveInt = 128  # emulators in parallel, N
-    NUM_STEPS: PositiveInt = 32  # steps of each emulator between updates, T
+    NUM_ENVS: PositiveInt = 128  # environments in parallel, N
+    NUM_STEPS: PositiveInt = 32  # steps of each environment between updates, T
     NUM_MINIBATCHES: PositiveInt = 32  # gradient steps per epoch; must divide N * T
     NUM_EPOCHS: PositiveInt = 2  # passes over a rollout
     EPS_START: Fraction = 1.0  # exploration: probability of a random action, at the start
@@ -136,7 +136,7 @@ def make_env(config, seeds=(0,)):
     try:
         return envpool.make_gymnasium(name, num_envs=len(seeds), seed=list(seeds), **kwargs)
     except Exception as error:
-        raise ValueError(f"ENV_KWARGS={kwargs} cannot be used for {name}: {str(error).splitlines()[:1]}") from None
+        raise ValueError(f"ENV_KWARGS={kwargs} cannot be used for {name}: {str(error).splitlines()[:1]}") from error
 
 
 def emulator_seeds(keys, count):
@@ -210,7 +210,7 @@ class QNetwork(nn.Module):
     def __call__(self, obs, train=False):
         batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
         norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.config.NORM_TYPE]
-        x = jnp.moveaxis(obs.reshape(-1, *obs.shape[-3:]), 0, -1).astype(jnp.float32) / 255
+        x = obs.reshape(-1, *obs.shape[-3:]).transpose(1, 2, 3, 0).astype(jnp.float32) / 255
         x, activation = batch_norm()(x) if self.config.NORM_INPUT else x, nn.relu
         if self.config.ENCODER == "hadamax":
             for features, size, window, stride in ((32, 8, 4, 4), (64, 4, 2, 2), (64, 3, 3, 1)):
@@ -235,10 +235,10 @@ class Transition(NamedTuple):
     obs: jax.Array  # bytes
     action: jax.Array
     reward: jax.Array  # clipped, where envpool clips
-    done: jax.Array  # the next step only resets: the time limit ended the game, or it
-    terminated: jax.Array  # ended by itself or, with episodic_life, a life was lost
-    value: jax.Array  # max_a Q(s_t, a), by the parameters that acted
+    done: jax.Array  # the game ended, by itself or by the time limit, or a life: the next step only resets
+    terminated: jax.Array  # by itself; or, with episodic_life, a life was lost
     mask: jax.Array  # false where the step only reset the emulator: nothing to learn from
+    value: jax.Array  # max_a Q(s_t, a), by the parameters that acted
     game_over: jax.Array
     returns: jax.Array  # of the full game so far, this step included: raw rewards
     lengths: jax.Array
@@ -291,6 +291,7 @@ def shuffle_minibatches(key, batch, num_minibatches):
     return jax.tree.map(lambda x: x[order], batch)
 
 
+# Scores of a random policy and of a human by game (Wang et al., 2016, arXiv 1511.06581, and DQN Zoo), 30 no-op starts.
 HUMAN = """Alien 227.8 7127.7, Amidar 5.8 1719.5, Assault 222.4 742, Asterix 210 8503.3, Asteroids 719.1 47388.7,
 Atlantis 12850 29028.1, BankHeist 14.2 753.1, BattleZone 2360 37187.5, BeamRider 363.9 16926.5, Berzerk 123.7 2630.4,
 Bowling 23.1 160.7, Boxing 0.1 12.1, Breakout 1.7 30.5, Centipede 2090.9 12017, ChopperCommand 811 7387.8,
@@ -312,7 +313,7 @@ def test_scores(config, returns, lengths, unfinished):
     if config.ENV_NAME in HUMAN:
         low, human = HUMAN[config.ENV_NAME]
         tests["human_normalized_score"] = (returns - low) / (human - low)
-    return {f"test/{name}": jnp.nanmean(values, -1) for name, values in tests.items()}
+    return {f"test/{name}": jnp.nanmean(x, -1) for name, x in tests.items()}
 
 
 def make_pqn(config):
@@ -348,7 +349,7 @@ def make_pqn(config):
         terminated |= info["terminated"] > 0  # the game's end, also in the step of a time-out, or a life's
         over, lengths = truncated | (info["terminated"] > 0), info["elapsed_step"]
         done, returns = terminated | truncated, games.returns + info["reward"]
-        transition = games.obs, action, reward, done, terminated, q_values.max(-1), ~games.done, over, returns, lengths
+        transition = games.obs, action, reward, done, terminated, ~games.done, q_values.max(-1), over, returns, lengths
         latest = jnp.where(over, returns, games.last_returns), jnp.where(over, lengths, games.last_lengths)
         return Games(obs, done, returns * ~over, *latest), Transition(*transition)
 
@@ -370,8 +371,7 @@ def make_pqn(config):
     def targets(state, last_obs, trajectory):
         """Targets, and a mask of what is learned from. The observation at a `done` is the final one, even where time ran
         out, and the reset comes one step later: V(s'_t) is the next step's value everywhere."""
-        last_value = network.apply(state.variables, last_obs).max(-1)
-        next_value = jnp.concatenate([trajectory.value[1:], last_value[None]])
+        next_value = jnp.concatenate([trajectory.value[1:], network.apply(state.variables, last_obs).max(-1)[None]])
         discount, trace = config.GAMMA * (1.0 - trajectory.terminated), config.LAMBDA * (1.0 - trajectory.done)
         return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace), trajectory.mask
 
@@ -435,9 +435,6 @@ def make_train(config):
         return {"runner_state": state, "metrics": jax.tree.map(lambda *x: np.stack(x, 1), *metrics)}
 
     return train
-
-
-# Scores of a random policy and of a human by game (Wang et al., 2016, arXiv 1511.06581, and DQN Zoo), 30 no-op starts.
 
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line

@@ -43,7 +43,7 @@ from craftax.craftax_env import make_craftax_env_from_name
 from flax import traverse_util
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors.numpy import load_file, save_file
 from scipy.stats import trim_mean
@@ -70,8 +70,8 @@ class Config:
     TOTAL_TIMESTEPS_DECAY: PositiveInt | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
     NUM_ENVS: PositiveInt = 1024  # environments in parallel, N
     NUM_STEPS: PositiveInt = 128  # steps of each environment between updates, T
-    MEMORY_WINDOW: NonNegativeInt = 0  # steps before each rollout that are trained on again, W; at most NUM_STEPS
-    NUM_MINIBATCHES: PositiveInt = 4  # gradient steps per epoch, each on whole sequences; must divide NUM_ENVS
+    MEMORY_WINDOW: Annotated[int, Field(ge=0)] = 0  # steps before a rollout that are trained on again, W; at most T
+    NUM_MINIBATCHES: PositiveInt = 4  # gradient steps per epoch, each on whole sequences; must divide N
     NUM_EPOCHS: PositiveInt = 4  # passes over a rollout
     EPS_START: Fraction = 1.0  # exploration: probability of a random action, at the start
     EPS_FINISH: Fraction = 0.005  # and at the end
@@ -84,7 +84,7 @@ class Config:
     REW_SCALE: float = 1.0  # scales the rewards learned from, never those reported
     HIDDEN_SIZE: PositiveInt = 512  # units of each hidden layer, and of the LSTM
     NUM_LAYERS: PositiveInt = 1  # hidden layers before the LSTM
-    NUM_RNN_LAYERS: NonNegativeInt = 1  # LSTM layers; 0: a feed-forward agent
+    NUM_RNN_LAYERS: Annotated[int, Field(ge=0)] = 1  # LSTM layers; 0: a feed-forward agent
     ADD_LAST_ACTION: bool = True  # what follows the hidden layers also sees the action before
     NORM_TYPE: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # batch_norm: batch renormalisation
     NORM_INPUT: bool = True  # batch-renormalise observations
@@ -197,13 +197,14 @@ def lstm(state, gates, reset, recurrent_kernel):
 
 
 class QNetwork(nn.Module):
-    """Q(s, .) over time: hidden, obs [T, N, C], reset [T, N], last_action [T, N] -> hidden after, q_values [T, N, A]."""
+    """Q(s, .) over time: obs [T, N, C], reset and last_action [T, N], hidden -> (q_values [T, N, A], hidden after). Features
+    stay last, as nn.Dense has them: to transpose Craftax's observations would copy them."""
 
     config: Config
     num_actions: int
 
     @nn.compact
-    def __call__(self, hidden, obs, reset, last_action, train=False):
+    def __call__(self, obs, reset, last_action, hidden, train=False):
         def norm(x):
             scale, shift = BatchRenorm()(x, train) if self.config.NORM_TYPE == "batch_norm" else (1, 0)
             return nn.LayerNorm()(x) if self.config.NORM_TYPE == "layer_norm" else x * scale + shift
@@ -225,7 +226,7 @@ class QNetwork(nn.Module):
             x = jnp.concatenate([x, jax.nn.one_hot(last_action, self.num_actions)], -1)
         for i, state in enumerate(hidden):
             hidden[i], x = lstm(state, nn.Dense(4 * size)(x), reset, self.param(f"recurrent_kernel_{i}", recurrent))
-        return tuple(hidden), nn.Dense(self.num_actions)(x)
+        return nn.Dense(self.num_actions)(x), tuple(hidden)
 
     def initial_hidden(self, num_envs):
         """The hidden state before anything was seen: (c, h) for each LSTM layer."""
@@ -259,7 +260,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     env_state: Any
     now: Transition  # [N, ...], the step to be played next: what the network sees, the episode's return and length before it
-    hidden: Any  # the LSTM's state before that
+    hidden: Any  # the LSTM's state before that; empty without it
     window: tuple  # the last MEMORY_WINDOW steps as one Transition, [W, N, ...]; empty without
     window_hidden: Any  # the LSTM's state before those
 
@@ -319,19 +320,20 @@ def make_pqn(config):
         now = Transition(obs, ~no, integers - 1, integers, zeros, no, no, zeros, zeros)
         hidden = network.initial_hidden(num_envs)
         window = jax.tree.map(lambda x: jnp.stack([x] * config.MEMORY_WINDOW), (now,) * (config.MEMORY_WINDOW > 0))
-        variables = network.init(key_network, hidden, *(x[None] for x in now[:3]))
+        variables = network.init(key_network, *(x[None] for x in now[:3]), hidden)
         return TrainState(key, variables, optimizer.init(variables["params"]), env_state, now, hidden, window, hidden)
 
     def play(state, key, epsilon):
         """One step of every environment: the state after it, and the Transition. Worlds that ended stay, see `restart`."""
-        key_act, key_step = jax.random.split(key)
-        hidden, q_values = network.apply(state.variables, state.hidden, *(x[None] for x in state.now[:3]))
+        (key_act, key_step), now = jax.random.split(key), state.now
+        q_values, hidden = network.apply(state.variables, *(x[None] for x in now[:3]), state.hidden)
         action = epsilon_greedy(key_act, q_values[0], epsilon)
         keys_step = jax.random.split(key_step, len(action))
         obs, env_state, reward, done, _ = env_step(keys_step, state.env_state, action, env_params)
-        returns, lengths, played = state.now.returns + reward, state.now.lengths + 1, jnp.ones_like(done)
-        transition = Transition(*state.now[:3], action, reward, done, played, returns, lengths)
-        now = Transition(obs, done, jnp.where(done, -1, action), *state.now[3:7], returns * ~done, lengths * ~done)
+        returns, lengths, mask = now.returns + reward, now.lengths + 1, jnp.ones_like(done)
+        transition = Transition(*now[:3], action, reward, done, mask, returns, lengths)
+        now = now._replace(obs=obs, reset=done, last_action=jnp.where(done, -1, action))
+        now = now._replace(returns=returns * ~done, lengths=lengths * ~done)
         return state._replace(env_state=env_state, now=now, hidden=hidden), transition
 
     def report(transition, env_state, names=achievements):
@@ -362,34 +364,32 @@ def make_pqn(config):
         def step(carry):
             t, state, playing, episode = carry
             state, transition = play(state, jax.random.fold_in(key_play, t), config.EPS_TEST)
-            now = report(transition, state.env_state)
-            return t + 1, state, playing & ~transition.done, jax.tree.map(partial(jnp.where, playing), now, episode)
+            episode = jax.tree.map(partial(jnp.where, playing), report(transition, state.env_state), episode)
+            return t + 1, state, playing & ~transition.done, episode
 
         limit = config.TEST_NUM_STEPS or env_params.max_timesteps
-        carry = 0, fresh, fresh.now.reset, report(fresh.now, fresh.env_state)
+        carry = 0, fresh, ~fresh.now.mask, report(fresh.now, fresh.env_state)
         *_, playing, episode = jax.lax.while_loop(lambda carry: (carry[0] < limit) & any_seed(carry[2]), step, carry)
         episode |= {"unfinished": playing, "percent_of_maximum": 100 / max_return * episode["returned_episode_returns"]}
         return {f"test/{name}": x.mean() for name, x in episode.items()}
 
-    def targets(sequence, q_values):
-        """Targets by the training pass's own values. Where no step was played, as after the rollout, G_t = V(s_t)."""
-        value = jax.lax.stop_gradient(q_values.max(-1))
-        next_value = jnp.where(sequence.mask, jnp.roll(value, -1, 0), value)
-        discount = jnp.where(sequence.mask, config.GAMMA * (1.0 - sequence.done), 1.0)
-        reward, trace = config.REW_SCALE * sequence.reward, config.LAMBDA * (1.0 - sequence.done)
-        return q_lambda_targets(reward, discount, next_value, trace)
+    def targets(steps, value):
+        """Targets from the training pass's values, all [T, N]. Where no step was played, as after the rollout, G_t = V(s_t)."""
+        next_value, trace = jnp.where(steps.mask, jnp.roll(value, -1, 0), value), config.LAMBDA * (1.0 - steps.done)
+        discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
+        return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
     def learn(state, minibatch):
         """One gradient step."""
-        hidden, sequence = minibatch
+        hidden, steps = minibatch
 
         def loss(params):
             apply = partial(network.apply, state.variables | {"params": params}, train=True, mutable=["batch_stats"])
-            (_, q_values), updated = apply(hidden, *sequence[:3])
-            q_action = jnp.sum(q_values * jax.nn.one_hot(sequence.action, env.num_actions), -1)  # faster than to index
-            target, mask = targets(sequence, q_values), sequence.mask
+            (q_values, _), updated = apply(*steps[:3], hidden)
+            q_action = jnp.sum(q_values * jax.nn.one_hot(steps.action, q_values.shape[-1]), -1)  # faster than to index
+            target, mask = targets(steps, jax.lax.stop_gradient(q_values.max(-1))), steps.mask
             squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
-            return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)
+            return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
         changes, opt_state = optimizer.update(grads, state.opt_state)
@@ -406,8 +406,8 @@ def make_pqn(config):
             key_play, key_restart = jax.random.split(jax.random.fold_in(key_rollout, t))
             state, transition = play(state, key_play, epsilon)
             episode = report(transition, state.env_state, achievements if config.LOG_ACHIEVEMENTS else ())
-            before_window = partial(jnp.where, t == config.NUM_STEPS - config.MEMORY_WINDOW - 1)
-            state = state._replace(window_hidden=jax.tree.map(before_window, state.hidden, state.window_hidden))
+            keep = partial(jnp.where, t == config.NUM_STEPS - config.MEMORY_WINDOW - 1)
+            state = state._replace(window_hidden=jax.tree.map(keep, state.hidden, state.window_hidden))
             return restart(state, key_restart), (transition, episode)
 
         state = state._replace(key=key, window_hidden=state.hidden)
@@ -421,7 +421,7 @@ def make_pqn(config):
 
         state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)} | jax.tree.map(jnp.mean, losses)
-        metrics |= {name: x.mean(where=trajectory.done) for name, x in episodes.items()}  # NaN where no episode ended
+        metrics |= {name: x.mean(where=trajectory.done) for name, x in episodes.items()}  # NaN: none ended
         interval = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))  # the last evaluation follows the last update
         due = (config.NUM_UPDATES - i - 1) % (interval if config.TEST_DURING_TRAINING else config.NUM_UPDATES) == 0
         nothing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), jax.eval_shape(evaluate, state, key_test))

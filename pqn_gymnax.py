@@ -9,7 +9,7 @@
 """PQN (Gallici et al., ICLR 2025, arXiv 2407.04811) on gymnax, in one file. Documentation: docs/pqn_gymnax.md
 
 python pqn_gymnax.py +alg=pqn_acrobot NUM_SEEDS=10
-python pqn_gymnax.py -m +alg=pqn_cartpole alg.LR=1e-3,1e-4 SEED=0,1   # a sweep
+python pqn_gymnax.py -m +alg=pqn_cartpole alg.LR=1e-3,1e-4 SEED=0,1  # a sweep
 python pqn_gymnax.py RESUME=latest                                   # go on with a run that was stopped
 out = run(Config(), NUM_SEEDS=10)                                    # in a notebook, below a cell with this file
 """
@@ -55,7 +55,7 @@ Kwargs = Annotated[dict[str, JsonValue], BeforeValidator(plain)]
 
 @dataclass(config=CHECKED)
 class Config:
-    """Hyper-parameters, `alg.KEY=value` on the command line; the defaults are the published recipe."""
+    """Hyper-parameters, `alg.KEY=value` on the command line; the defaults are the published recipe for CartPole."""
 
     ENV_NAME: str = "CartPole-v1"  # any gymnax environment with discrete actions
     ENV_KWARGS: Kwargs = Field(default_factory=dict)  # for the environment's constructor or its parameters
@@ -261,7 +261,7 @@ def make_pqn(config):
 
     @jax.jit  # traced once, though `update` asks for its shapes, too
     def evaluate(state, key):
-        """Mean return and length of the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
+        """Means over the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
         key_reset, key_play = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS), env_params)
         zeros, limit = jnp.zeros(config.TEST_NUM_ENVS), config.TEST_NUM_STEPS or env_params.max_steps_in_episode
@@ -275,7 +275,7 @@ def make_pqn(config):
         carry, going_on = (0, fresh, zeros == 0, zeros, zeros), lambda carry: (carry[0] < limit) & carry[2].any()
         *_, playing, returns, lengths = jax.lax.while_loop(going_on, step, carry)
         tests = {"returned_episode_returns": returns, "returned_episode_lengths": lengths, "unfinished": playing}
-        return {f"test/{name}": values.mean() for name, values in tests.items()}
+        return {f"test/{name}": x.mean() for name, x in tests.items()}
 
     def targets(state, trajectory):
         """Targets, and a mask of what is learned from. Environments reset at once: what came after a time limit is unseen.

@@ -266,7 +266,7 @@ def make_pqn(config):
 
     @jax.jit  # traced once, though `update` asks for its shapes, too
     def evaluate(state, key):
-        """Mean return and length of the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
+        """Means over the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
         key_reset, key_play = jax.random.split(key)
         obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS), env_params)
         zeros, limit = jnp.zeros(config.TEST_NUM_ENVS), config.TEST_NUM_STEPS or env_params.max_steps_in_episode
@@ -280,7 +280,7 @@ def make_pqn(config):
         carry, going_on = (0, fresh, zeros == 0, zeros, zeros), lambda carry: (carry[0] < limit) & carry[2].any()
         *_, playing, returns, lengths = jax.lax.while_loop(going_on, step, carry)
         tests = {"returned_episode_returns": returns, "returned_episode_lengths": lengths, "unfinished": playing}
-        return {f"test/{name}": values.mean() for name, values in tests.items()}
+        return {f"test/{name}": x.mean() for name, x in tests.items()}
 
     def targets(state, trajectory):
         """Targets, and a mask of what is learned from. Environments reset at once: what came after a time limit is unseen.

@@ -67,7 +67,6 @@ class Config:
     MAP_NAME: str | None = "2s3z"  # of HeuristicEnemySMAX; null with the others
     ENV_KWARGS: Kwargs = Field(default_factory=dict)  # for the environment's constructor; overcooked: layout, by name
     ALG_NAME: str = "pqn_vdn_smax"  # a label for logs; not that of other environments' recipe
-    NETWORK: Literal["rnn", "cnn", "mlp"] = "rnn"  # rnn: with a GRU; cnn: observations are images
     TOTAL_TIMESTEPS: PositiveInt = 10_000_000  # environment steps of one seed
     TOTAL_TIMESTEPS_DECAY: PositiveInt | None = None  # steps over which the schedules run; null: TOTAL_TIMESTEPS
     NUM_ENVS: PositiveInt = 128  # environments in parallel, N
@@ -85,9 +84,10 @@ class Config:
     LAMBDA: Fraction = 0.85  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
     REW_SCALE: float = 10.0  # scales the rewards learned from, never those reported
     REW_SHAPING_HORIZON: PositiveInt | None = None  # steps over which the shaped reward fades out; null: none is added
+    NETWORK: Literal["rnn", "cnn", "mlp"] = "rnn"  # rnn: with a GRU; cnn: observations are images
     HIDDEN_SIZE: PositiveInt = 512  # units of each hidden layer
     NUM_LAYERS: PositiveInt = 2  # hidden layers, after the convolutions, before the GRU
-    DUELING: bool = False  # Q = value + advantages, less their mean
+    DUELING: bool = False  # Q = value + advantages, less their mean (Wang et al. 2016, arXiv 1511.06581, equation 9)
     NORM_TYPE: Literal["layer_norm", "batch_norm", "none"] = "batch_norm"  # before the ReLU of each hidden layer
     NORM_INPUT: bool = True  # batch-normalise observations
     TEST_DURING_TRAINING: bool = True  # evaluate every TEST_INTERVAL, not only at the end
@@ -96,16 +96,16 @@ class Config:
     TEST_NUM_STEPS: PositiveInt | None = 128  # at most this many steps each; null: the environment's time limit
     EPS_TEST: Fraction = 0.0  # exploration in evaluation
 
-    PLACE = property(lambda config: config.MAP_NAME or config.ENV_KWARGS.get("layout", ""))
-    TASK = property(lambda config: re.sub(r"[^\w.-]", "-", f"{config.ENV_NAME}_{config.PLACE}".strip("_")))  # in titles
+    PLACE = property(lambda config: config.MAP_NAME or config.ENV_KWARGS.get("layout", ""))  # in the task's name
+    TASK = property(lambda config: re.sub(r"[^\w.-]", "-", f"{config.ENV_NAME}_{config.PLACE}".strip("_")))
     NUM_UPDATES = property(lambda config: config.TOTAL_TIMESTEPS // (config.NUM_ENVS * config.NUM_STEPS))
 
     def __post_init__(self):
         check_counts(self)
-        make_env(self)
         rnn = self.NETWORK == "rnn"
         check(self, "MEMORY_WINDOW", self.MEMORY_WINDOW <= rnn * self.NUM_STEPS, f"at most {rnn * self.NUM_STEPS}")
         check(self, "NUM_MINIBATCHES", not rnn * self.NUM_ENVS % self.NUM_MINIBATCHES, f"a divisor of {self.NUM_ENVS}")
+        make_env(self)
 
 
 def check(config, key, valid, allowed):
@@ -220,22 +220,21 @@ class QNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, obs, hidden=(), done=False, train=False):
-        config, batch = self.config, obs.shape[:3]
         batch_norm = partial(nn.BatchNorm, use_running_average=not train, axis=0)
-        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[config.NORM_TYPE]
+        norm = {"layer_norm": LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[self.config.NORM_TYPE]
         x = jnp.moveaxis(obs.reshape(-1, *obs.shape[3:]), (0, -1), (-1, 0)).astype(jnp.float32)
-        x = batch_norm()(x) if config.NORM_INPUT else x
-        for size in (5, 3, 3) if config.NETWORK == "cnn" else ():
+        x = batch_norm()(x) if self.config.NORM_INPUT else x
+        for size in (5, 3, 3) if self.config.NETWORK == "cnn" else ():
             x = jnp.pad(x, ((0, 0), *[(size // 2, size // 2)] * 2, (0, 0)))  # with zeros
             x = nn.relu(norm()(conv(x, 32, size, scale=1.0)))
         x = x.reshape(-1, x.shape[-1])
-        for _ in range(config.NUM_LAYERS):
-            x = nn.relu(norm()(dense(x, config.HIDDEN_SIZE)))
-        if config.NETWORK == "rnn":
-            x, hidden = GRU()(x, hidden, jnp.broadcast_to(done, batch[:2]))
+        for _ in range(self.config.NUM_LAYERS):
+            x = nn.relu(norm()(dense(x, self.config.HIDDEN_SIZE)))
+        if self.config.NETWORK == "rnn":
+            x, hidden = GRU()(x, hidden, jnp.broadcast_to(done, obs.shape[:2]))
         q_values = dense(x, self.num_actions)
-        q_values = dense(x, 1) + q_values - q_values.mean(0) if config.DUELING else q_values
-        return q_values.T.reshape(*batch, -1), hidden
+        q_values = dense(x, 1) + q_values - q_values.mean(0) if self.config.DUELING else q_values
+        return q_values.T.reshape(*obs.shape[:3], -1), hidden
 
 
 def make_network(config):
@@ -249,8 +248,8 @@ class Transition(NamedTuple):
     obs: jax.Array  # [T, N, A, ...]
     available: jax.Array  # [T, N, A, num_actions]
     action: jax.Array  # [T, N, A]
-    reward: jax.Array  # the team's, shaped and scaled
-    done: jax.Array  # the team's episode ended. JaxMARL does not tell time limits apart: terminal, as published
+    reward: jax.Array  # the team's, shaped
+    done: jax.Array  # the team's episode ended, which is terminal: JaxMARL does not tell its time limits apart
     mask: jax.Array  # the step was played, so it is learned from
     value: jax.Array  # the team's, by the parameters that acted
     returns: jax.Array  # of the episode so far, this step included
@@ -271,8 +270,8 @@ class TrainState(NamedTuple):
     window_hidden: Any  # the GRU's state before those
 
 
-def explore(key, q_values, available, epsilon):
-    """A random available action with probability epsilon, else the greedy one. Both [..., A] -> actions [...]."""
+def epsilon_greedy(key, q_values, available, epsilon):
+    """A random available action with probability epsilon, else the greedy one: [..., num_actions] -> actions [...]."""
     noise = jax.random.uniform(key, (*q_values.shape[:-1], 1 + q_values.shape[-1]))
     values = jnp.where(noise[..., :1] < epsilon, noise[..., 1:], q_values)
     return jnp.where(available, values, -jnp.inf).argmax(-1)
@@ -328,8 +327,8 @@ def make_pqn(config):
         obs, zeros, no = stack(obs), jnp.zeros(env.batch_size), jnp.zeros(env.batch_size, bool)
         available, action = stack(env.get_valid_actions(env_state)) > 0, jnp.zeros(obs.shape[:2], int)
         now = Transition(obs, available, action, zeros, ~no, no, zeros, zeros, zeros, no)  # done: then hidden is 0
-        window = jax.tree.map(lambda x: jnp.stack([x] * config.MEMORY_WINDOW), (now,) * (config.MEMORY_WINDOW > 0))
         hidden = jnp.zeros((*action.shape, config.HIDDEN_SIZE)) if rnn else ()
+        window = jax.tree.map(lambda x: jnp.stack([x] * config.MEMORY_WINDOW), (now,) * (config.MEMORY_WINDOW > 0))
         variables = network.init(key_network, obs[None], hidden)
         return TrainState(key, variables, optimizer.init(variables["params"]), env_state, now, hidden, window, hidden)
 
@@ -337,13 +336,13 @@ def make_pqn(config):
         """One step of every environment: the state after it, and the Transition."""
         (key_act, key_step), now = jax.random.split(key), state.now
         q_values, hidden = network.apply(state.variables, now.obs[None], state.hidden)
-        action = explore(key_act, q_values[0], now.available, epsilon)
+        action = epsilon_greedy(key_act, q_values[0], now.available, epsilon)
         actions = dict(zip(env.agents, action.T, strict=True))
         obs, env_state, reward, done, info = env.batch_step(key_step, state.env_state, actions)
         reward, done, extra = reward["__all__"], done["__all__"], sum(info.get("shaped_reward", {}).values())
         returns, lengths, won = now.returns + reward, now.lengths + 1, (reward >= bonus) & (bonus >= 1)
         value, mask, learned = team_value(q_values[0], now.available), jnp.ones_like(done), reward + shaping * extra
-        transition = Transition(*now[:2], action, config.REW_SCALE * learned, done, mask, value, returns, lengths, won)
+        transition = Transition(*now[:2], action, learned, done, mask, value, returns, lengths, won)
         now = now._replace(obs=stack(obs), available=stack(env.get_valid_actions(env_state)) > 0)
         now = now._replace(returns=returns * ~done, lengths=lengths * ~done)
         hidden = jax.tree.map(lambda h: jnp.where(done[:, None, None], 0, h), hidden)  # not where one agent has died
@@ -367,28 +366,28 @@ def make_pqn(config):
             return t + 1, state, playing & ~transition.done, episode
 
         limit = config.TEST_NUM_STEPS or getattr(env, "max_steps", 100) + 1  # MPE ends one step late; Hanabi has none
-        carry = 0, fresh, fresh.now.done, report(fresh.now)
+        carry = 0, fresh, ~fresh.now.mask, report(fresh.now)
         *_, playing, episode = jax.lax.while_loop(lambda carry: (carry[0] < limit) & carry[2].any(), step, carry)
         return {f"test/{name}": x.mean() for name, x in (episode | {"unfinished": playing}).items()}
 
     def targets(steps, value):
         """Targets from the team's values, all [T, N]. Where no step was played, as after the rollout, G_t = V(s_t)."""
-        next_value = jnp.where(steps.mask, jnp.roll(value, -1, 0), value)
+        next_value, trace = jnp.where(steps.mask, jnp.roll(value, -1, 0), value), config.LAMBDA * (1.0 - steps.done)
         discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
-        return q_lambda_targets(steps.reward, discount, next_value, config.LAMBDA * (1.0 - steps.done))
+        return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
     def learn(state, minibatch):
         """One gradient step."""
-        hidden, steps, target = minibatch
+        hidden, steps, given = minibatch
         steps = jax.tree.map(lambda x: x.swapaxes(0, 1) if rnn else x[None], steps)
 
         def loss(params):
             apply = partial(network.apply, state.variables | {"params": params}, train=True, mutable=["batch_stats"])
             (q_values, _), updated = apply(steps.obs, hidden, steps.done)
             q_team = jnp.sum(q_values * jax.nn.one_hot(steps.action, q_values.shape[-1]), (-2, -1))
-            goal = targets(steps, jax.lax.stop_gradient(team_value(q_values, steps.available))) if rnn else target
-            squared, count = jnp.sum(jnp.square(q_team - goal), where=steps.mask), jnp.maximum(steps.mask.sum(), 1)
-            return 0.5 * squared / count, (jnp.sum(q_team, where=steps.mask) / count, updated)
+            target = targets(steps, jax.lax.stop_gradient(team_value(q_values, steps.available))) if rnn else given
+            squared, count = jnp.sum(jnp.square(q_team - target), where=steps.mask), jnp.maximum(steps.mask.sum(), 1)
+            return 0.5 * squared / count, (jnp.sum(q_team, where=steps.mask) / count, updated)  # 0 where all is masked
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
         changes, opt_state = optimizer.update(grads, state.opt_state)
@@ -397,7 +396,7 @@ def make_pqn(config):
         return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
 
     def update(state, i):
-        """Update number i: a rollout, its targets, epochs of minibatches, and an evaluation if one is due."""
+        """Update number i: a rollout, epochs of minibatches, and an evaluation if one is due."""
         key, key_rollout, key_epochs, key_test = jax.random.split(state.key, 4)
         window, hidden, epsilon, shaping = state.window, state.window_hidden, epsilon_schedule(i), shaping_schedule(i)
 
@@ -411,7 +410,7 @@ def make_pqn(config):
         now = jax.tree.map(lambda x: x[None], state.now)
         steps = jax.tree.map(lambda *x: jnp.concatenate(x), *window, trajectory, now)
         if rnn:
-            batch = hidden[None], jax.tree.map(lambda x: x.swapaxes(0, 1)[None], steps), ()
+            batch = hidden[None], jax.tree.map(lambda x: x.swapaxes(0, 1)[None], steps), ()  # of whole sequences
         else:
             value = team_value(network.apply(state.variables, now.obs)[0], now.available)
             batch = (), trajectory, targets(steps, jnp.concatenate([trajectory.value, value]))[:-1]

@@ -77,7 +77,7 @@ def craftax_game(pqn, config, q_values, epsilon):
     def step(carry, key):
         obs, state, hidden, first, action = carry
         key_act, key_step = jax.random.split(key)
-        shown, (hidden, values) = state, q_values(hidden, obs[None, None], first[None, None], action[None, None])
+        shown, (values, hidden) = state, q_values(obs[None, None], first[None, None], action[None, None], hidden)
         action = pqn.epsilon_greedy(key_act, values[0], epsilon)[0]
         obs, state, reward, done, _ = env.step_env(key_step, state, action, params)
         return (obs, state, hidden, jnp.array(False), action), reward, done, shown
@@ -101,7 +101,7 @@ def team_game(pqn, config, q_values, epsilon):
         key_act, key_step = jax.random.split(key)
         values, hidden = q_values(stack(obs)[None, None], hidden)
         available = stack(env.get_valid_actions(jax.tree.map(lambda x: x[None], state)))[:, 0] > 0
-        action = pqn.explore(key_act, values[0, 0], available, epsilon)
+        action = pqn.epsilon_greedy(key_act, values[0, 0], available, epsilon)
         shown = key_step, state, dict(zip(env.agents, action, strict=True))
         obs, state, reward, done, _ = env.wrapped_step(*shown)
         return (obs, state, hidden), reward["__all__"], done["__all__"], shown

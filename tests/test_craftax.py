@@ -130,8 +130,8 @@ def played(config, sequence):
 
 
 def q_values_of(config, state, hidden, sequence):
-    """The training pass with frozen statistics: hidden after, Q-values [S, N, A]."""
-    return jax.jit(pqn.make_network(config).apply)(state.variables, hidden, *sequence[:3])
+    """The training pass with frozen statistics: Q-values [S, N, A], hidden after."""
+    return jax.jit(pqn.make_network(config).apply)(state.variables, *sequence[:3], hidden)
 
 
 VARIANTS = [
@@ -154,13 +154,13 @@ def test_training_pass_reproduces_the_rollout_across_episode_ends(probe, see, ch
     assert trajectory.done.any(0).all()
     equal = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
     jax.tree.map(equal, hidden_before, before.window_hidden)
-    hidden, q_values = q_values_of(config, state, hidden_before, jax.tree.map(lambda x: x[:-1], sequence))
+    q_values, hidden = q_values_of(config, state, hidden_before, jax.tree.map(lambda x: x[:-1], sequence))
     equal(q_values.argmax(-1)[window:], trajectory.action)
     assert len(np.unique(trajectory.action)) > 1
     act = partial(jax.jit(pqn.make_network(config).apply), state.variables)
     stepped = before.hidden
     for t in range(config.NUM_STEPS):  # as the rollout acts
-        stepped, one = act(stepped, *(x[window + t][None] for x in sequence[:3]))
+        one, stepped = act(*(x[window + t][None] for x in sequence[:3]), stepped)
         np.testing.assert_allclose(one[0], q_values[window + t], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), hidden, after.hidden)
     if window:  # the window is the end of the rollout before
@@ -186,13 +186,13 @@ def test_nothing_leaks_over_an_episode_end(probe, see):
     config, _, state = probe(NUM_STEPS=16, TOTAL_TIMESTEPS=1e4, **WHOLE)
     state = shaken(state)
     sequence = played(config, see(config, state)[3])
-    _, q_values = q_values_of(config, state, state.hidden, sequence)
+    q_values, _ = q_values_of(config, state, state.hidden, sequence)
     zero = pqn.make_network(config).initial_hidden(config.NUM_ENVS)
     other = jax.tree.map(lambda x: 1.0 + x, zero)
     starts, apply = 0, jax.jit(partial(pqn.make_network(config).apply, state.variables))
     for t in range(1, 16):
         rolled = jax.tree.map(lambda x, t=t: np.roll(x, -t, 0), sequence)
-        fresh, filled = (np.asarray(apply(hidden, *rolled[:3])[1])[: 16 - t] for hidden in (zero, other))
+        fresh, filled = (np.asarray(apply(*rolled[:3], hidden)[0])[: 16 - t] for hidden in (zero, other))
         for n in range(config.NUM_ENVS):
             if sequence.reset[t, n]:
                 np.testing.assert_allclose(fresh[:, n], q_values[t:, n], atol=1e-5)
@@ -221,7 +221,7 @@ def test_targets_equal_the_definition_and_bootstrap_from_the_observation_after_t
         _, _, hidden, sequence = see(pqn.override(config), state, 1)  # another program
     finally:
         pqn.q_lambda_targets = targets
-    _, q_values = q_values_of(config, state, hidden, sequence)
+    q_values, _ = q_values_of(config, state, hidden, sequence)
     done, value = sequence.done[:-1], np.asarray(q_values.max(-1))
     expected = oracle(2 * sequence.reward[:-1], done, done & False, value[1:], 0.9, lam)
     columns = np.lexsort(expected)  # environments are in another order there
@@ -241,7 +241,7 @@ def test_every_transition_is_trained_on_with_gradients_through_the_training_pass
         done = sequence.done[:-1]
 
         def loss(params, hidden, sequence, real=real, done=done):
-            _, q_values = network.apply({"params": params}, hidden, *sequence[:3])
+            q_values, _ = network.apply({"params": params}, *sequence[:3], hidden)
             value = jax.lax.stop_gradient(q_values.max(-1))
             discount, trace = config.GAMMA * (1.0 - done), config.LAMBDA * (1.0 - done)
             target = pqn.q_lambda_targets(sequence.reward[:-1], discount, value[1:], trace)
@@ -287,25 +287,22 @@ def test_every_episode_gets_its_own_world_at_once_however_many_end_together(prob
         np.testing.assert_allclose(metrics[name], 10 * length[done].mean(), rtol=1e-5)
 
 
-def selected(jaxpr, in_loop=False):
-    """Shapes of all that a jaxpr selects in loops without a fixed length."""
+def conditions(jaxpr):
+    """Shapes of the conditions of all loops in a jaxpr that have no fixed length."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "select_n" and in_loop:
-            yield equation.outvars[0].aval.shape
+        if equation.primitive.name == "while":
+            yield equation.params["cond_jaxpr"].out_avals[0].shape
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from selected(inner, in_loop or equation.primitive.name == "while")
+            yield from conditions(inner)
 
 
 def test_worlds_of_vmapped_seeds_are_not_copied_where_another_seed_needs_new_ones(probe):
-    """A vmapped loop selects, for each seed, between its carry before and after a step: here none does. And each seed has
-    the numbers of a run of its own."""
-    config, (init, update, _), _ = probe(
-        Counter(1000), NUM_ENVS=16, NUM_STEPS=20, TOTAL_TIMESTEPS=1e4, **WHOLE, **PLAIN
-    )
+    """Where a condition is of each seed, XLA selects for each between what the loop carries before and after a step. And
+    each seed has the numbers of a run of its own."""
+    config, (init, update, _), _ = probe(NUM_ENVS=16, NUM_STEPS=20, TOTAL_TIMESTEPS=1e4, **WHOLE, **PLAIN)
     states = jax.lax.map(init, jax.random.split(jax.random.key(0), 2))
-    jaxpr = jax.make_jaxpr(jax.vmap(update, (0, None)))(states, 0).jaxpr
-    shapes = list(selected(jaxpr))
-    assert shapes and not any(1000 in shape for shape in shapes)
+    shapes = set(conditions(jax.make_jaxpr(jax.vmap(update, (0, None)))(states, 0).jaxpr))
+    assert shapes == {()}
     after, metrics = jax.jit(jax.vmap(update, (0, None)))(states, 0)
     for seed in range(2):
         alone, own = update(jax.tree.map(lambda x, seed=seed: x[seed], states), 0)
@@ -398,7 +395,7 @@ def test_parameters_of_the_lstm_are_drawn_as_flax_draws_them():
     """A dense layer of the input for all gates, LeCun-normal as any; an orthogonal recurrent kernel for each gate."""
     config = pqn.Config(HIDDEN_SIZE=6, NUM_RNN_LAYERS=2)
     network, no = pqn.QNetwork(config, 3), jnp.zeros((7, 4), bool)
-    variables = network.init(jax.random.key(0), network.initial_hidden(4), jnp.zeros((7, 4, 5)), no, no - 1)
+    variables = network.init(jax.random.key(0), jnp.zeros((7, 4, 5)), no, no - 1, network.initial_hidden(4))
     params = variables["params"]
     for i, inputs in enumerate((6 + 3, 6)):
         assert params[f"Dense_{i}"]["kernel"].shape == (inputs, 24) and params[f"Dense_{i}"]["bias"].shape == (24,)
@@ -437,13 +434,13 @@ def test_normalised_input_is_folded_into_the_first_layer(monkeypatch):
     network, without = (pqn.QNetwork(pqn.override(config, NORM_INPUT=norm), 3) for norm in (True, False))
     obs, reset = 2 + jax.random.normal(jax.random.key(0), (5, 4, 7)), jnp.zeros((5, 4), bool)
     last_action, hidden = jnp.zeros((5, 4), int), network.initial_hidden(4)
-    variables = network.init(jax.random.key(1), hidden, obs, reset, last_action)
+    variables = network.init(jax.random.key(1), obs, reset, last_action, hidden)
     noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)  # noqa: E731
     params = jax.tree.map(noise, variables["params"])
 
     def folded(params):
-        (_, q_values), _ = network.apply(
-            variables | {"params": params}, hidden, obs, reset, last_action, True, mutable=["batch_stats"]
+        (q_values, _), _ = network.apply(
+            variables | {"params": params}, obs, reset, last_action, hidden, True, mutable=["batch_stats"]
         )
         return jnp.sum(jnp.sin(q_values))
 
@@ -453,7 +450,7 @@ def test_normalised_input_is_folded_into_the_first_layer(monkeypatch):
         (scale, shift), _ = pqn.BatchRenorm().apply(
             {"params": own, "batch_stats": stats}, obs, True, mutable=["batch_stats"]
         )
-        return jnp.sum(jnp.sin(without.apply({"params": rest}, hidden, obs * scale + shift, reset, last_action)[1]))
+        return jnp.sum(jnp.sin(without.apply({"params": rest}, obs * scale + shift, reset, last_action, hidden)[0]))
 
     results = (jax.value_and_grad(f)(params) for f in (plain, folded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *results)

@@ -472,6 +472,7 @@ def test_an_environment_without_the_interface_is_refused_by_name(lacks):
         gymnax.registration.register("Broken", Broken)
     kwargs = {"lacks": lacks}
     if not lacks:
-        return pqn.Config(ENV_NAME="Broken", ENV_KWARGS=kwargs)
+        pqn.Config(ENV_NAME="Broken", ENV_KWARGS=kwargs)
+        return
     with pytest.raises(ValidationError, match="ENV_NAME=Broken .* must have gymnax 1.0's interface, discrete actions"):
         pqn.Config(ENV_NAME="Broken", ENV_KWARGS=kwargs)

@@ -82,7 +82,7 @@ def best(q_values, available):
 
 
 def expected_targets(config, q_values, available, trajectory):
-    reward, done = np.asarray(trajectory.reward), np.asarray(trajectory.done)
+    reward, done = config.REW_SCALE * np.asarray(trajectory.reward), np.asarray(trajectory.done)
     return oracle(reward, done, done & False, best(q_values, available)[1:], config.GAMMA, config.LAMBDA)
 
 
@@ -130,7 +130,7 @@ def test_recurrent_loss_equals_the_oracle_and_no_hidden_state_crosses_an_episode
 def test_unavailable_actions_are_never_chosen():
     available = jax.random.bernoulli(jax.random.key(0), 0.4, (5, 3, 6)).at[..., 2].set(True)
     q_values = jax.random.normal(jax.random.key(1), available.shape) - 10.0 * available
-    act = jax.jit(jax.vmap(pqn.explore, (0, None, None, None)))
+    act = jax.jit(jax.vmap(pqn.epsilon_greedy, (0, None, None, None)))
     for epsilon in (0.0, 0.5, 1.0):
         action = np.asarray(act(jax.random.split(jax.random.key(2), 20_000), q_values, available, epsilon))
         shares = (action[..., None] == np.arange(6)).mean(0)
@@ -207,13 +207,13 @@ def test_first_observations_of_mpe_are_not_blank(name):
 
 def test_shaped_reward_fades_out_and_is_not_reported(monkeypatch):
     """Three agents are given 1 a step each; over two updates it fades to 0."""
-    config, _, state = parts(REW_SHAPING_HORIZON=2 * 32, REW_SCALE=2.0)
+    config, _, state = parts(REW_SHAPING_HORIZON=2 * 32)
     update = spied(monkeypatch, config)
     for i, shaping in enumerate((1.0, 0.5, 0.0, 0.0)):
         after, metrics, (_, trajectory, _) = update(state, i)
-        reward = np.diff(trajectory.returns, axis=0, prepend=0)  # what is reported, unscaled
+        reward = np.diff(trajectory.returns, axis=0, prepend=0)  # what is reported
         reward = np.where(np.roll(trajectory.done, 1, 0), trajectory.returns, reward)
-        np.testing.assert_allclose(trajectory.reward, 2 * (reward + 3 * shaping), atol=1e-5)
+        np.testing.assert_allclose(trajectory.reward, reward + 3 * shaping, atol=1e-5)
         assert trajectory.returns.max() <= 20 and metrics["returned_episode_returns"] <= 20
 
 
