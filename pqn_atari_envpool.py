@@ -17,7 +17,6 @@ out = run(Config(TOTAL_TIMESTEPS=1e6), NUM_SEEDS=3)                  # in a note
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -37,6 +36,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 import seaborn as sns
 from flax import traverse_util
+from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
@@ -172,12 +172,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
-        y = y - spread @ (mean @ y)
-        y = y * (spread @ jax.lax.rsqrt(mean @ (y * y) + 1e-6))
+        y, mean = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x))
         scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
         bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
-        return (y * scale + bias).reshape(x.shape)
+        center, square = mean @ y, mean @ (y * y)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - center**2, 0) + 1e-6)  # of the standard deviation
+        return (y * (scale @ inverse) + (bias - scale @ (center * inverse))).reshape(x.shape)
 
 
 def pad_same(x, size, stride=1, value=0.0):
@@ -281,13 +281,14 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
 
 
-def shuffle_minibatches(key, batch, num_minibatches):
-    """Shuffle [T, N, ...] along both axes, all leaves alike: [num_minibatches, T * N / num_minibatches, ...]."""
+def shuffle_minibatches(keys, batch, num_minibatches):
+    """Shuffle [T, N, ...] along both axes, all leaves alike, once a key: [E * num_minibatches, T * N / num_minibatches, ...]."""
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    order = jnp.argsort(jax.random.bits(key, len(jax.tree.leaves(batch)[0]))).reshape(num_minibatches, -1)
+    bits = jax.vmap(partial(jax.random.bits, shape=len(jax.tree.leaves(batch)[0])))(keys)
+    order = jnp.argsort(bits).reshape(len(keys) * num_minibatches, -1)
     return jax.tree.map(lambda x: x[order], batch)
 
 
@@ -326,7 +327,9 @@ def make_pqn(config):
     grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
     epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
+    optimizer = optax.radam(lr_schedule)
+    # On a GPU each kernel costs its launch, and one vector takes the fewest.
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key):
         key, key_network = jax.random.split(key)
@@ -375,33 +378,33 @@ def make_pqn(config):
         discount, trace = config.GAMMA * (1.0 - trajectory.terminated), config.LAMBDA * (1.0 - trajectory.done)
         return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace), trajectory.mask
 
-    def learn(state, minibatch):
+    def learn(carry, minibatch, unravel):
         """One gradient step."""
-        obs, action, target, mask = minibatch
+        (variables, opt_state), (obs, action, target, mask) = unravel(carry), minibatch
 
         def loss(params):
-            variables = state.variables | {"params": params}
-            q_values, updated = network.apply(variables, obs, train=True, mutable=["batch_stats"])
+            q_values, updated = network.apply(variables | {"params": params}, obs, train=True, mutable=["batch_stats"])
             q_action = jnp.sum(q_values * jax.nn.one_hot(action, q_values.shape[-1]), -1)  # faster than to index
             squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
             return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
-        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
-        changes, opt_state = optimizer.update(grads, state.opt_state)
-        params = optax.apply_updates(state.variables["params"], changes)
-        metrics = {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
+        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        norm = optax.tree.norm(as_vector(grads)[0])
+        grads = optax.tree.scale(jnp.minimum(1.0, config.MAX_GRAD_NORM / norm), grads)
+        changes, opt_state = optimizer.update(grads, opt_state)
+        variables = variables | updated | {"params": optax.apply_updates(variables["params"], changes)}
+        return as_vector((variables, opt_state))[0], jnp.stack([td_loss, qvals, norm])
 
     def improve(i, state, key_epochs, last_obs, trajectory):
         """One seed's part of update number i after the rollout: its targets and epochs of minibatches."""
         batch = (trajectory.obs, trajectory.action, *targets(state, last_obs, trajectory))
-
-        def epoch(state, key):
-            return jax.lax.scan(learn, state, shuffle_minibatches(key, batch, config.NUM_MINIBATCHES))
-
-        state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
+        batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
+        carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
+        carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch)
+        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
         metrics = {"epsilon": epsilon_schedule(i), "learning_rate": lr_schedule(i * grad_steps)}
-        metrics |= jax.tree.map(jnp.mean, losses) | {"reset_steps": jnp.mean(~trajectory.mask)}
+        metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
+        metrics |= {"reset_steps": jnp.mean(~trajectory.mask)}
         for name in ("returns", "lengths"):  # of the games that ended; NaN where none did
             metrics[f"returned_episode_{name}"] = jnp.mean(getattr(trajectory, name), where=trajectory.game_over)
         frames = config.NUM_ENVS * config.NUM_STEPS * config.ENV_KWARGS["frame_skip"]  # of one update
@@ -560,7 +563,7 @@ def write_run(folder, config, settings):
     content = vars(settings) | {"RESUME": None, "alg": vars(config), "about": about}
     OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
     if "__file__" in globals() and not begun:
-        shutil.copy(__file__, folder / f"{SCRIPT}.py")
+        Path(folder, f"{SCRIPT}.py").write_bytes(Path(__file__).read_bytes())
 
 
 def read_run(folder, save_path="", changes=()):
@@ -583,9 +586,8 @@ def read_run(folder, save_path="", changes=()):
 
 def save(folder, checkpoints, state, rows, done):
     """Bring metrics.csv, params.safetensors and the checkpoints up to date."""
-    variables = jax.device_get(state.variables)
     pd.concat(rows).to_csv(folder / "metrics.csv.new", index=False)
-    save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
+    save_file(traverse_util.flatten_dict(jax.device_get(state.variables), sep="."), folder / "params.safetensors.new")
     for name in ("metrics.csv", "params.safetensors"):  # whole or not at all
         os.replace(folder / f"{name}.new", folder / name)
     checkpoints.save(done, args=ocp.args.StandardSave(state), force=True)
@@ -611,8 +613,7 @@ def log_wandb(log, row, all_seeds):
     """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
     each = row.set_index("seed").unstack().dropna() if all_seeds else {}
     values = row.drop(columns="seed").mean().dropna().to_dict()
-    values |= {f"rng{seed}/{name}": x for (name, seed), x in each.items()}
-    log.log(values, step=int(values["update_steps"]))
+    log.log(values | {f"rng{seed}/{name}": x for (name, seed), x in each.items()}, step=int(values["update_steps"]))
 
 
 def draw(table, title, path):

@@ -17,7 +17,6 @@ out = run(Config(TOTAL_TIMESTEPS=1e8), NUM_SEEDS=3)                  # in a note
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -41,6 +40,7 @@ from craftax.craftax.constants import Achievement
 from craftax.craftax_classic.constants import Achievement as ClassicAchievement
 from craftax.craftax_env import make_craftax_env_from_name
 from flax import traverse_util
+from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
@@ -284,7 +284,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
 
 
 def take_sequences(hidden, parts, envs):
@@ -311,7 +311,9 @@ def make_pqn(config):
     grad_steps = config.NUM_EPOCHS * config.NUM_MINIBATCHES  # of one update
     epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
+    optimizer = optax.radam(lr_schedule)
+    # On a GPU each kernel costs its launch, and one vector takes the fewest.
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key, num_envs=config.NUM_ENVS):
         key, key_network, key_reset = jax.random.split(key, 3)
@@ -379,23 +381,24 @@ def make_pqn(config):
         discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
-    def learn(state, minibatch):
+    def learn(carry, minibatch, unravel):
         """One gradient step."""
-        hidden, steps = minibatch
+        (variables, opt_state), (hidden, steps) = unravel(carry), minibatch
 
         def loss(params):
-            apply = partial(network.apply, state.variables | {"params": params}, train=True, mutable=["batch_stats"])
+            apply = partial(network.apply, variables | {"params": params}, train=True, mutable=["batch_stats"])
             (q_values, _), updated = apply(*steps[:3], hidden)
             q_action = jnp.sum(q_values * jax.nn.one_hot(steps.action, q_values.shape[-1]), -1)  # faster than to index
             target, mask = targets(steps, jax.lax.stop_gradient(q_values.max(-1))), steps.mask
             squared, count = jnp.sum(jnp.square(q_action - target), where=mask), jnp.maximum(mask.sum(), 1)
             return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
-        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
-        changes, opt_state = optimizer.update(grads, state.opt_state)
-        params = optax.apply_updates(state.variables["params"], changes)
-        metrics = {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
+        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        norm = optax.tree.norm(as_vector(grads)[0])
+        grads = optax.tree.scale(jnp.minimum(1.0, config.MAX_GRAD_NORM / norm), grads)
+        changes, opt_state = optimizer.update(grads, opt_state)
+        variables = variables | updated | {"params": optax.apply_updates(variables["params"], changes)}
+        return as_vector((variables, opt_state))[0], jnp.stack([td_loss, qvals, norm])
 
     def update(state, i):
         """Update number i: a rollout, epochs of minibatches, and an evaluation if one is due."""
@@ -414,13 +417,13 @@ def make_pqn(config):
         state, (trajectory, episodes) = jax.lax.scan(step, state, jnp.arange(config.NUM_STEPS))
         parts = *window, trajectory, jax.tree.map(lambda x: x[None], state.now)
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
-
-        def epoch(state, key):
-            envs = jax.random.permutation(key, config.NUM_ENVS).reshape(config.NUM_MINIBATCHES, -1)
-            return jax.lax.scan(lambda state, envs: learn(state, take_sequences(hidden, parts, envs)), state, envs)
-
-        state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
-        metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)} | jax.tree.map(jnp.mean, losses)
+        carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
+        keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
+        envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
+        carry, losses = jax.lax.scan(lambda c, n: learn(c, take_sequences(hidden, parts, n), unravel), carry, envs)
+        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
+        metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         metrics |= {name: x.mean(where=trajectory.done) for name, x in episodes.items()}  # NaN: none ended
         interval = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))  # the last evaluation follows the last update
         due = (config.NUM_UPDATES - i - 1) % (interval if config.TEST_DURING_TRAINING else config.NUM_UPDATES) == 0
@@ -472,7 +475,6 @@ def start_seeds(config, keys):
     init, update, _ = make_pqn(config)
     count = max(n for n in range(1, jax.local_device_count() + 1) if len(keys) % n == 0)
     mesh, seeds = jax.sharding.Mesh(jax.local_devices()[:count], "seed"), jax.P("seed")
-    # Never vmapped: on CPU the batched QR of a recurrent network's initialisation can wait for its own threads for ever.
     state = jax.device_put(jax.jit(partial(jax.lax.map, init))(keys), jax.NamedSharding(mesh, seeds))
 
     @partial(jax.jit, donate_argnums=0)
@@ -565,7 +567,7 @@ def write_run(folder, config, settings):
     content = vars(settings) | {"RESUME": None, "alg": vars(config), "about": about}
     OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
     if "__file__" in globals() and not begun:
-        shutil.copy(__file__, folder / f"{SCRIPT}.py")
+        Path(folder, f"{SCRIPT}.py").write_bytes(Path(__file__).read_bytes())
 
 
 def read_run(folder, save_path="", changes=()):
@@ -588,9 +590,8 @@ def read_run(folder, save_path="", changes=()):
 
 def save(folder, checkpoints, state, rows, done):
     """Bring metrics.csv, params.safetensors and the checkpoints up to date."""
-    variables = jax.device_get(state.variables)
     pd.concat(rows).to_csv(folder / "metrics.csv.new", index=False)
-    save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
+    save_file(traverse_util.flatten_dict(jax.device_get(state.variables), sep="."), folder / "params.safetensors.new")
     for name in ("metrics.csv", "params.safetensors"):  # whole or not at all
         os.replace(folder / f"{name}.new", folder / name)
     checkpoints.save(done, args=ocp.args.StandardSave(state), force=True)
@@ -616,8 +617,7 @@ def log_wandb(log, row, all_seeds):
     """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
     each = row.set_index("seed").unstack().dropna() if all_seeds else {}
     values = row.drop(columns="seed").mean().dropna().to_dict()
-    values |= {f"rng{seed}/{name}": x for (name, seed), x in each.items()}
-    log.log(values, step=int(values["update_steps"]))
+    log.log(values | {f"rng{seed}/{name}": x for (name, seed), x in each.items()}, step=int(values["update_steps"]))
 
 
 def draw(table, title, path):

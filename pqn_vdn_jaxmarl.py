@@ -17,7 +17,6 @@ out = run(Config(TOTAL_TIMESTEPS=1e6), NUM_SEEDS=3)                  # in a note
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -37,6 +36,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 import seaborn as sns
 from flax import traverse_util
+from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
@@ -181,12 +181,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
-        y = y - spread @ (mean @ y)
-        y = y * (spread @ jax.lax.rsqrt(mean @ (y * y) + 1e-6))
+        y, mean = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x))
         scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
         bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
-        return (y * scale + bias).reshape(x.shape)
+        center, square = mean @ y, mean @ (y * y)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - center**2, 0) + 1e-6)  # of the standard deviation
+        return (y * (scale @ inverse) + (bias - scale @ (center * inverse))).reshape(x.shape)
 
 
 class GRU(nn.Module):
@@ -295,13 +295,14 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
 
 
-def shuffle_minibatches(key, batch, num_minibatches):
-    """Shuffle [T, N, ...] along both axes, all leaves alike: [num_minibatches, T * N / num_minibatches, ...]."""
+def shuffle_minibatches(keys, batch, num_minibatches):
+    """Shuffle [T, N, ...] along both axes, all leaves alike, once a key: [E * num_minibatches, T * N / num_minibatches, ...]."""
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-    order = jnp.argsort(jax.random.bits(key, len(jax.tree.leaves(batch)[0]))).reshape(num_minibatches, -1)
+    bits = jax.vmap(partial(jax.random.bits, shape=len(jax.tree.leaves(batch)[0])))(keys)
+    order = jnp.argsort(bits).reshape(len(keys) * num_minibatches, -1)
     return jax.tree.map(lambda x: x[order], batch)
 
 
@@ -316,7 +317,9 @@ def make_pqn(config):
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     shaped = (config.REW_SHAPING_HORIZON or 0) / (config.NUM_ENVS * config.NUM_STEPS)  # updates
     shaping_schedule = optax.linear_schedule(float(shaped > 0), 0.0, shaped or 1)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.radam(lr_schedule))
+    optimizer = optax.radam(lr_schedule)
+    # On a GPU each kernel costs its launch, and one vector takes the fewest.
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def stack(values):  # {agent: [N, ...]} -> [N, A, ...]
         return jnp.stack([values[agent] for agent in env.agents], 1)
@@ -376,24 +379,25 @@ def make_pqn(config):
         discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
-    def learn(state, minibatch):
+    def learn(carry, minibatch, unravel):
         """One gradient step."""
-        hidden, steps, given = minibatch
+        (variables, opt_state), (hidden, steps, given) = unravel(carry), minibatch
         steps = jax.tree.map(lambda x: x.swapaxes(0, 1) if rnn else x[None], steps)
 
         def loss(params):
-            apply = partial(network.apply, state.variables | {"params": params}, train=True, mutable=["batch_stats"])
+            apply = partial(network.apply, variables | {"params": params}, train=True, mutable=["batch_stats"])
             (q_values, _), updated = apply(steps.obs, hidden, steps.done)
             q_team = jnp.sum(q_values * jax.nn.one_hot(steps.action, q_values.shape[-1]), (-2, -1))
             target = targets(steps, jax.lax.stop_gradient(team_value(q_values, steps.available))) if rnn else given
             squared, count = jnp.sum(jnp.square(q_team - target), where=steps.mask), jnp.maximum(steps.mask.sum(), 1)
             return 0.5 * squared / count, (jnp.sum(q_team, where=steps.mask) / count, updated)  # 0 where all is masked
 
-        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(state.variables["params"])
-        changes, opt_state = optimizer.update(grads, state.opt_state)
-        params = optax.apply_updates(state.variables["params"], changes)
-        metrics = {"td_loss": td_loss, "qvals": qvals, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(variables=state.variables | updated | {"params": params}, opt_state=opt_state), metrics
+        (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        norm = optax.tree.norm(as_vector(grads)[0])
+        grads = optax.tree.scale(jnp.minimum(1.0, config.MAX_GRAD_NORM / norm), grads)
+        changes, opt_state = optimizer.update(grads, opt_state)
+        variables = variables | updated | {"params": optax.apply_updates(variables["params"], changes)}
+        return as_vector((variables, opt_state))[0], jnp.stack([td_loss, qvals, norm])
 
     def update(state, i):
         """Update number i: a rollout, epochs of minibatches, and an evaluation if one is due."""
@@ -415,12 +419,12 @@ def make_pqn(config):
             value = team_value(network.apply(state.variables, now.obs)[0], now.available)
             batch = (), trajectory, targets(steps, jnp.concatenate([trajectory.value, value]))[:-1]
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
-
-        def epoch(state, key):
-            return jax.lax.scan(learn, state, shuffle_minibatches(key, batch, config.NUM_MINIBATCHES))
-
-        state, losses = jax.lax.scan(epoch, state, jax.random.split(key_epochs, config.NUM_EPOCHS))
-        metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)} | jax.tree.map(jnp.mean, losses)
+        batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
+        carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
+        carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch)
+        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
+        metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         metrics |= {name: x.mean(where=trajectory.done) for name, x in report(trajectory).items()}  # NaN: none ended
         interval = max(1, int(config.NUM_UPDATES * config.TEST_INTERVAL))  # the last evaluation follows the last update
         due = (config.NUM_UPDATES - i - 1) % (interval if config.TEST_DURING_TRAINING else config.NUM_UPDATES) == 0
@@ -472,7 +476,6 @@ def start_seeds(config, keys):
     init, update, _ = make_pqn(config)
     count = max(n for n in range(1, jax.local_device_count() + 1) if len(keys) % n == 0)
     mesh, seeds = jax.sharding.Mesh(jax.local_devices()[:count], "seed"), jax.P("seed")
-    # Never vmapped: on CPU the batched QR of a recurrent network's initialisation can wait for its own threads for ever.
     state = jax.device_put(jax.jit(partial(jax.lax.map, init))(keys), jax.NamedSharding(mesh, seeds))
 
     @partial(jax.jit, donate_argnums=0)
@@ -565,7 +568,7 @@ def write_run(folder, config, settings):
     content = vars(settings) | {"RESUME": None, "alg": vars(config), "about": about}
     OmegaConf.save(OmegaConf.create(content), folder / "config.yaml")
     if "__file__" in globals() and not begun:
-        shutil.copy(__file__, folder / f"{SCRIPT}.py")
+        Path(folder, f"{SCRIPT}.py").write_bytes(Path(__file__).read_bytes())
 
 
 def read_run(folder, save_path="", changes=()):
@@ -588,9 +591,8 @@ def read_run(folder, save_path="", changes=()):
 
 def save(folder, checkpoints, state, rows, done):
     """Bring metrics.csv, params.safetensors and the checkpoints up to date."""
-    variables = jax.device_get(state.variables)
     pd.concat(rows).to_csv(folder / "metrics.csv.new", index=False)
-    save_file(traverse_util.flatten_dict(variables, sep="."), folder / "params.safetensors.new")
+    save_file(traverse_util.flatten_dict(jax.device_get(state.variables), sep="."), folder / "params.safetensors.new")
     for name in ("metrics.csv", "params.safetensors"):  # whole or not at all
         os.replace(folder / f"{name}.new", folder / name)
     checkpoints.save(done, args=ocp.args.StandardSave(state), force=True)
@@ -616,8 +618,7 @@ def log_wandb(log, row, all_seeds):
     """Log means over seeds, and each seed's values as rng<i>/... where asked for; never NaN."""
     each = row.set_index("seed").unstack().dropna() if all_seeds else {}
     values = row.drop(columns="seed").mean().dropna().to_dict()
-    values |= {f"rng{seed}/{name}": x for (name, seed), x in each.items()}
-    log.log(values, step=int(values["update_steps"]))
+    log.log(values | {f"rng{seed}/{name}": x for (name, seed), x in each.items()}, step=int(values["update_steps"]))
 
 
 def draw(table, title, path):

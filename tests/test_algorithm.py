@@ -56,9 +56,9 @@ def first_batch(monkeypatch, config, state):
     """What update number 0 learns from: (obs, action, target, mask), each [T, N, ...], as shuffle_minibatches gets it."""
     seen, shuffle = [], pqn.shuffle_minibatches
 
-    def spy(key, batch, num_minibatches):
+    def spy(keys, batch, num_minibatches):
         jax.debug.callback(lambda *batch: seen.append([np.asarray(x) for x in batch]), *batch)
-        return shuffle(key, batch, num_minibatches)
+        return shuffle(keys, batch, num_minibatches)
 
     monkeypatch.setattr(pqn, "shuffle_minibatches", spy)
     jax.block_until_ready(jax.jit(pqn.make_pqn(config)[1])(state, 0))
@@ -113,11 +113,12 @@ def test_epsilon_greedy():
         np.testing.assert_allclose(shares, expected, atol=0.012)
 
 
-def test_shuffle_minibatches_is_one_permutation_of_all_leaves():
+def test_shuffle_minibatches_is_one_permutation_of_all_leaves_for_each_epoch():
     batch = {"a": jnp.arange(24).reshape(6, 4), "b": jnp.tile(jnp.arange(24).reshape(6, 4)[..., None], 3)}
-    shuffled = pqn.shuffle_minibatches(jax.random.key(0), batch, 8)
-    assert shuffled["a"].shape == (8, 3) and shuffled["b"].shape == (8, 3, 3)
-    assert sorted(shuffled["a"].ravel().tolist()) == list(range(24)) != shuffled["a"].ravel().tolist()
+    shuffled = pqn.shuffle_minibatches(jax.random.split(jax.random.key(0), 2), batch, 8)
+    assert shuffled["a"].shape == (16, 3) and shuffled["b"].shape == (16, 3, 3)
+    epochs = [shuffled["a"][i : i + 8].ravel().tolist() for i in (0, 8)]
+    assert all(sorted(epoch) == list(range(24)) != epoch for epoch in epochs) and epochs[0] != epochs[1]
     assert (shuffled["b"] == shuffled["a"][..., None]).all()
 
 

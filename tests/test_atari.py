@@ -48,9 +48,9 @@ def play_updates(config, seed_keys, updates, learning=True):
         jax.debug.callback(keep, *fields, ordered=True)
         return transition(*fields)
 
-    def spy_shuffle(key, batch, num_minibatches):
+    def spy_shuffle(keys, batch, num_minibatches):
         jax.debug.callback(lambda *batch: batches.append([np.array(x) for x in batch]), *batch, ordered=True)
-        return shuffle(key, batch, num_minibatches)
+        return shuffle(keys, batch, num_minibatches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pqn, "Transition", spy_transition)

@@ -33,9 +33,9 @@ def spied(monkeypatch, config):
     it: (hidden state, steps, targets)."""
     seen, shuffle = [], pqn.shuffle_minibatches
 
-    def spy(key, batch, num_minibatches):
+    def spy(keys, batch, num_minibatches):
         jax.debug.callback(lambda batch: seen.append(jax.tree.map(np.asarray, batch)), batch)
-        return shuffle(key, batch, num_minibatches)
+        return shuffle(keys, batch, num_minibatches)
 
     monkeypatch.setattr(pqn, "shuffle_minibatches", spy)
     compiled = jax.jit(pqn.make_pqn(config)[1])
