@@ -172,12 +172,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y, mean = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x))
-        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
-        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
         center, square = mean @ y, mean @ (y * y)
         inverse = jax.lax.rsqrt(jnp.maximum(square - center**2, 0) + 1e-6)  # of the standard deviation
-        return (y * (scale @ inverse) + (bias - scale @ (center * inverse))).reshape(x.shape)
+        y = y * (spread @ inverse) - spread @ (center * inverse)
+        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        return (y * scale + bias).reshape(x.shape)
 
 
 def pad_same(x, size, stride=1, value=0.0):
@@ -328,7 +329,6 @@ def make_pqn(config):
     epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.radam(lr_schedule)
-    # On a GPU each kernel costs its launch, and one vector takes the fewest.
     as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key):
@@ -379,7 +379,7 @@ def make_pqn(config):
         return q_lambda_targets(config.REW_SCALE * trajectory.reward, discount, next_value, trace), trajectory.mask
 
     def learn(carry, minibatch, unravel):
-        """One gradient step."""
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
         (variables, opt_state), (obs, action, target, mask) = unravel(carry), minibatch
 
         def loss(params):

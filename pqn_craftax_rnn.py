@@ -312,7 +312,6 @@ def make_pqn(config):
     epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.radam(lr_schedule)
-    # On a GPU each kernel costs its launch, and one vector takes the fewest.
     as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key, num_envs=config.NUM_ENVS):
@@ -382,7 +381,7 @@ def make_pqn(config):
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
     def learn(carry, minibatch, unravel):
-        """One gradient step."""
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
         (variables, opt_state), (hidden, steps) = unravel(carry), minibatch
 
         def loss(params):

@@ -149,12 +149,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y, mean = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x))
-        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
-        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
         center, square = mean @ y, mean @ (y * y)
         inverse = jax.lax.rsqrt(jnp.maximum(square - center**2, 0) + 1e-6)  # of the standard deviation
-        return (y * (scale @ inverse) + (bias - scale @ (center * inverse))).reshape(x.shape)
+        y = y * (spread @ inverse) - spread @ (center * inverse)
+        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        return (y * scale + bias).reshape(x.shape)
 
 
 class QNetwork(nn.Module):
@@ -247,7 +248,7 @@ def make_pqn(config):
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.radam(lr_schedule)
     turns = 1 if jax.default_backend() == "cpu" else 2  # of a loop, unrolled: on a GPU each kernel costs its launch
-    as_vector = ravel_pytree if turns > 1 else lambda tree: (tree, lambda tree: tree)  # the fewest kernels
+    as_vector = ravel_pytree if turns > 1 else lambda tree: (tree, lambda tree: tree)
 
     def init(key):
         key, key_network, key_reset = jax.random.split(key, 3)
@@ -295,7 +296,7 @@ def make_pqn(config):
         return q_lambda_targets(reward, discount, next_value, config.LAMBDA * (1.0 - trajectory.done)), ~cut
 
     def learn(carry, minibatch, unravel):
-        """One gradient step."""
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
         (variables, opt_state), (obs, action, target, mask) = unravel(carry), minibatch
 
         def loss(params):

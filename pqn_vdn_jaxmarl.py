@@ -181,12 +181,13 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y, mean = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x))
-        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
-        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        y, mean, spread = x.reshape(len(x), -1), jnp.full((1, len(x)), 1 / len(x)), jnp.ones((len(x), 1))
         center, square = mean @ y, mean @ (y * y)
         inverse = jax.lax.rsqrt(jnp.maximum(square - center**2, 0) + 1e-6)  # of the standard deviation
-        return (y * (scale @ inverse) + (bias - scale @ (center * inverse))).reshape(x.shape)
+        y = y * (spread @ inverse) - spread @ (center * inverse)
+        scale = self.param("scale", nn.initializers.ones, (len(x),))[:, None]
+        bias = self.param("bias", nn.initializers.zeros, (len(x),))[:, None]
+        return (y * scale + bias).reshape(x.shape)
 
 
 class GRU(nn.Module):
@@ -318,7 +319,6 @@ def make_pqn(config):
     shaped = (config.REW_SHAPING_HORIZON or 0) / (config.NUM_ENVS * config.NUM_STEPS)  # updates
     shaping_schedule = optax.linear_schedule(float(shaped > 0), 0.0, shaped or 1)
     optimizer = optax.radam(lr_schedule)
-    # On a GPU each kernel costs its launch, and one vector takes the fewest.
     as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def stack(values):  # {agent: [N, ...]} -> [N, A, ...]
@@ -380,7 +380,7 @@ def make_pqn(config):
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
     def learn(carry, minibatch, unravel):
-        """One gradient step."""
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
         (variables, opt_state), (hidden, steps, given) = unravel(carry), minibatch
         steps = jax.tree.map(lambda x: x.swapaxes(0, 1) if rnn else x[None], steps)
 
