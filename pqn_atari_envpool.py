@@ -282,7 +282,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
 
 
 def shuffle_minibatches(keys, batch, num_minibatches):

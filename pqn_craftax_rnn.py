@@ -284,7 +284,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
 
 
 def take_sequences(hidden, parts, envs):
@@ -419,7 +419,9 @@ def make_pqn(config):
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
         envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
-        carry, losses = jax.lax.scan(lambda c, n: learn(c, take_sequences(hidden, parts, n), unravel), carry, envs)
+        carry, losses = jax.lax.scan(
+            lambda carry, envs: learn(carry, take_sequences(hidden, parts, envs), unravel), carry, envs
+        )
         state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))

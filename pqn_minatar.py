@@ -225,7 +225,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=True)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
 
 
 def shuffle_minibatches(keys, batch, num_minibatches):
@@ -248,7 +248,7 @@ def make_pqn(config):
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.radam(lr_schedule)
     turns = 1 if jax.default_backend() == "cpu" else 2  # of a loop, unrolled: on a GPU each kernel costs its launch
-    as_vector = ravel_pytree if turns > 1 else lambda tree: (tree, lambda tree: tree)
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key):
         key, key_network, key_reset = jax.random.split(key, 3)

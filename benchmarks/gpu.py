@@ -47,13 +47,12 @@ def measure(name, fraction):
     sys.path.insert(0, str(ROOT))
     script, recipe, num_seeds, changes = RUNS[name]
     pqn, path = __import__(script), ROOT / f"runs/gpu/{name}_{fraction}"
-    settings = {"SAVE_PATH": path, "NUM_SEEDS": num_seeds, "CHECKPOINT_INTERVAL": None}
     if list(path.glob("*/*/checkpoints/*")):
         out = pqn.run(RESUME="latest", SAVE_PATH=path)
     else:
         config = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml")) | changes
         steps = max(fraction * config["TOTAL_TIMESTEPS"], 2 * config["NUM_ENVS"] * config["NUM_STEPS"])
-        out = pqn.run(pqn.Config(**config | {"TOTAL_TIMESTEPS": int(steps)}), **settings)
+        out = pqn.run(pqn.Config(**config | {"TOTAL_TIMESTEPS": int(steps)}), SAVE_PATH=path, NUM_SEEDS=num_seeds)
     table, memory = out["metrics"], jax.local_devices()[0].memory_stats() or {}
     steps, seconds = int(table.env_step.max()) * num_seeds, float(table.time.max())
     row = {

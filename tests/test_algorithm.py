@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import probes  # noqa: F401
 import pytest
 from conftest import TINY
@@ -37,9 +38,9 @@ def oracle(reward, terminated, truncated, next_value, gamma, lam):
 @pytest.mark.parametrize("lam", [0.0, 0.65, 1.0])
 def test_targets_equal_the_definition(lam):
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        reward, next_value = rng.normal(size=(2, 17, 6))
-        terminated, truncated = rng.random((2, 17, 6)) < 0.15
+    for steps in [17] * 15 + [70] * 3:  # the loop over steps is unrolled in blocks of 32
+        reward, next_value = rng.normal(size=(2, steps, 6))
+        terminated, truncated = rng.random((2, steps, 6)) < 0.15
         discount, trace = 0.97 * (1.0 - terminated), lam * (1.0 - (terminated | truncated))
         targets = pqn.q_lambda_targets(*map(jnp.float32, (reward, discount, next_value, trace)))
         np.testing.assert_allclose(targets, oracle(reward, terminated, truncated, next_value, 0.97, lam), atol=1e-5)
@@ -282,6 +283,49 @@ def test_vmap_over_hyper_parameters_gives_each_row_its_own_run():
         for name in ("td_loss", "qvals", "grad_norm", "epsilon", "learning_rate"):
             np.testing.assert_allclose(swept[name][i], own[name], rtol=2e-3, atol=1e-4, err_msg=f"{row} {name}")
         assert any(not np.allclose(own[name], plain[name], rtol=1e-2) for name in ("qvals", "td_loss", "epsilon")), row
+
+
+@pytest.mark.parametrize("norm", [1e-2, 1e3])
+def test_a_gradient_step_is_radam_on_the_clipped_gradient_of_the_masked_loss(norm, monkeypatch):
+    """By optax and a loss written out: parameters, moments, the loss and the gradient's norm before clipping."""
+    once = {"NUM_MINIBATCHES": 1, "NUM_EPOCHS": 1, "MAX_GRAD_NORM": norm, "LR_LINEAR_DECAY": False}
+    config, (_, update, _), state = parts(**once, ENV_KWARGS={"max_steps_in_episode": 5})
+    obs, action, target, mask = first_batch(monkeypatch, config, state)
+    assert 0 < mask.mean() < 1
+
+    def loss(params):
+        q_values = pqn.make_network(config).apply({"params": params}, obs)
+        q_action = jnp.take_along_axis(q_values, action[..., None], -1)[..., 0]
+        return 0.5 * jnp.square(q_action - target)[mask].mean()
+
+    params = state.variables["params"]
+    td_loss, grads = jax.value_and_grad(loss)(params)
+    optimizer = optax.chain(optax.clip_by_global_norm(norm), optax.radam(optax.constant_schedule(config.LR)))
+    changes, (_, opt_state) = optimizer.update(grads, optimizer.init(params))
+    after, metrics = jax.jit(update)(state, 0)
+    change = jax.tree.map(jnp.subtract, after.variables["params"], params)
+    close = partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-7)
+    jax.tree.map(close, (change, after.opt_state), (changes, opt_state))
+    assert metrics["td_loss"] == pytest.approx(float(td_loss), rel=1e-4)
+    assert (
+        metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4) and metrics["grad_norm"] > 1e-2
+    )
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+def test_what_is_done_for_a_gpu_changes_no_number(norm, monkeypatch):
+    """Parameters as one vector, unrolled loops."""
+    config, (_, update, _), state = parts(NORM_TYPE=norm)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        vector_update = pqn.make_pqn(config)[1]
+    plain = vector = state
+    for i in range(2):
+        (plain, expected), (vector, metrics) = jax.jit(update)(plain, i), jax.jit(vector_update)(vector, i)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), metrics, expected)
+    assert jax.tree.structure(vector) == jax.tree.structure(plain)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, (vector.variables, vector.opt_state), (plain.variables, plain.opt_state))
 
 
 def test_the_idiom_of_purejaxrl_and_later_edits_of_a_config():

@@ -39,6 +39,17 @@ def test_same_named_definitions_are_the_same(a, b):
     assert {name for name in a.keys() & b.keys() if a[name] != b[name]} <= allowed
 
 
+def test_gradient_steps_are_the_same():
+    """Inside make_pqn, so that one script's tests of it stand for all."""
+    texts = [(ROOT / f"{script}.py").read_text() for script in SCRIPTS]
+    for start, end in (
+        ("        norm = optax", "norm])\n"),
+        ("    as_vector = ", "\n"),
+        ("        carry, unravel = ", "\n"),
+    ):
+        assert len({text[(begin := text.index(start)) : text.index(end, begin)] for text in texts}) == 1, start
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_enough_to_read(script):
     """At most 600 lines (700 where the environment needs more), 260 of them below make_train."""
