@@ -282,7 +282,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=16)[1]
 
 
 def shuffle_minibatches(keys, batch, num_minibatches):
@@ -401,13 +401,14 @@ def make_pqn(config):
         batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch)
-        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        variables, opt_state = unravel(carry)
         metrics = {"epsilon": epsilon_schedule(i), "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         metrics |= {"reset_steps": jnp.mean(~trajectory.mask)}
         for name in ("returns", "lengths"):  # of the games that ended; NaN where none did
             metrics[f"returned_episode_{name}"] = jnp.mean(getattr(trajectory, name), where=trajectory.game_over)
         frames = config.NUM_ENVS * config.NUM_STEPS * config.ENV_KWARGS["frame_skip"]  # of one update
+        state = state._replace(variables=variables, opt_state=opt_state)
         return state, metrics | {"env_frame": (i + 1) * jnp.int32(frames)}
 
     def update(env, state, games, i):

@@ -284,7 +284,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=16)[1]
 
 
 def take_sequences(hidden, parts, envs):
@@ -412,17 +412,17 @@ def make_pqn(config):
             state = state._replace(window_hidden=jax.tree.map(keep, state.hidden, state.window_hidden))
             return restart(state, key_restart), (transition, episode)
 
-        state = state._replace(key=key, window_hidden=state.hidden)
+        state = state._replace(window_hidden=state.hidden)
         state, (trajectory, episodes) = jax.lax.scan(step, state, jnp.arange(config.NUM_STEPS))
         parts = *window, trajectory, jax.tree.map(lambda x: x[None], state.now)
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
         envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
-        carry, losses = jax.lax.scan(
-            lambda carry, envs: learn(carry, take_sequences(hidden, parts, envs), unravel), carry, envs
-        )
-        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        take = partial(take_sequences, hidden, parts)
+        carry, losses = jax.lax.scan(lambda carry, envs: learn(carry, take(envs), unravel), carry, envs)
+        variables, opt_state = unravel(carry)
+        state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         metrics |= {name: x.mean(where=trajectory.done) for name, x in episodes.items()}  # NaN: none ended

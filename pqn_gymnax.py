@@ -220,7 +220,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=16)[1]
 
 
 def shuffle_minibatches(keys, batch, num_minibatches):
@@ -245,18 +245,17 @@ def make_pqn(config):
     turns = 1 if jax.default_backend() == "cpu" else 2  # of a loop, unrolled: on a GPU each kernel costs its launch
     as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
-    def init(key):
+    def init(key, num_envs=config.NUM_ENVS):
         key, key_network, key_reset = jax.random.split(key, 3)
-        obs, env_state = env_reset(jax.random.split(key_reset, config.NUM_ENVS), env_params)
-        variables, zeros = network.init(key_network, obs), jnp.zeros(config.NUM_ENVS)
+        obs, env_state = env_reset(jax.random.split(key_reset, num_envs), env_params)
+        variables, zeros = network.init(key_network, obs), jnp.zeros(num_envs)
         return TrainState(key, variables, optimizer.init(variables["params"]), env_state, obs, zeros, zeros)
 
-    def play(state, key, epsilon):
-        """One step of every environment: the state after it, and the Transition."""
-        (key_act, key_step), q_values = jax.random.split(key), network.apply(state.variables, state.obs)
-        action = epsilon_greedy(key_act, q_values, epsilon)
-        keys_step = jax.random.split(key_step, len(action))
-        obs, env_state, reward, terminated, truncated, _ = env_step(keys_step, state.env_state, action, env_params)
+    def play(state, keys, epsilon):
+        """One step of every environment, keys: [1 + N]. The state after it, and the Transition."""
+        q_values = network.apply(state.variables, state.obs)
+        action = epsilon_greedy(keys[0], q_values, epsilon)
+        obs, env_state, reward, terminated, truncated, _ = env_step(keys[1:], state.env_state, action, env_params)
         done, returns, lengths = terminated | truncated, state.returns + reward, state.lengths + 1
         transition = Transition(state.obs, action, reward, done, terminated, q_values.max(-1), returns, lengths)
         state = state._replace(env_state=env_state, obs=obs, returns=returns * ~done, lengths=lengths * ~done)
@@ -266,17 +265,17 @@ def make_pqn(config):
     def evaluate(state, key):
         """Means over the first episode of each of TEST_NUM_ENVS environments, as far as it got."""
         key_reset, key_play = jax.random.split(key)
-        obs, env_state = env_reset(jax.random.split(key_reset, config.TEST_NUM_ENVS), env_params)
-        zeros, limit = jnp.zeros(config.TEST_NUM_ENVS), config.TEST_NUM_STEPS or env_params.max_steps_in_episode
-        fresh = state._replace(obs=obs, env_state=env_state, returns=zeros, lengths=zeros)
+        fresh = init(key_reset, config.TEST_NUM_ENVS)._replace(variables=state.variables, opt_state=())
 
         def step(carry):
             t, state, playing, returns, lengths = carry
-            state, transition = play(state, jax.random.fold_in(key_play, t), config.EPS_TEST)
+            keys = jax.random.split(jax.random.fold_in(key_play, t), 1 + config.TEST_NUM_ENVS)
+            state, transition = play(state, keys, config.EPS_TEST)
             return t + 1, state, playing & ~transition.done, returns + transition.reward * playing, lengths + playing
 
-        carry, going_on = (0, fresh, zeros == 0, zeros, zeros), lambda carry: (carry[0] < limit) & carry[2].any()
-        *_, playing, returns, lengths = jax.lax.while_loop(going_on, step, carry)
+        limit = config.TEST_NUM_STEPS or env_params.max_steps_in_episode
+        loop = partial(jax.lax.while_loop, lambda carry: (carry[0] < limit) & carry[2].any(), step)
+        *_, playing, returns, lengths = loop((0, fresh, fresh.lengths == 0, fresh.returns, fresh.lengths))
         tests = {"returned_episode_returns": returns, "returned_episode_lengths": lengths, "unfinished": playing}
         return {f"test/{name}": x.mean() for name, x in tests.items()}
 
@@ -310,13 +309,14 @@ def make_pqn(config):
     def update(state, i):
         """Update number i: a rollout, its targets, epochs of minibatches, and an evaluation if one is due."""
         key, key_rollout, key_epochs, key_test = jax.random.split(state.key, 4)
-        keys, epsilon = jax.random.split(key_rollout, config.NUM_STEPS), epsilon_schedule(i)
-        state, trajectory = jax.lax.scan(partial(play, epsilon=epsilon), state._replace(key=key), keys, unroll=turns)
+        keys, epsilon = jax.random.split(key_rollout, (config.NUM_STEPS, 1 + config.NUM_ENVS)), epsilon_schedule(i)
+        state, trajectory = jax.lax.scan(partial(play, epsilon=epsilon), state, keys, unroll=turns)
         batch = (trajectory.obs, trajectory.action, *targets(state, trajectory))
         batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch, unroll=turns)
-        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        variables, opt_state = unravel(carry)
+        state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         for name in ("returns", "lengths"):  # of the episodes that ended; NaN where none did

@@ -296,7 +296,7 @@ def q_lambda_targets(reward, discount, next_value, trace):
         target = reward_t + discount_t * ((1 - trace_t) * next_value_t + trace_t * next_return)
         return target, target
 
-    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=32)[1]
+    return jax.lax.scan(step, next_value[-1], (reward, discount, next_value, trace), reverse=True, unroll=16)[1]
 
 
 def shuffle_minibatches(keys, batch, num_minibatches):
@@ -409,8 +409,7 @@ def make_pqn(config):
             keep = partial(jnp.where, t == config.NUM_STEPS - config.MEMORY_WINDOW - 1)
             return state._replace(window_hidden=jax.tree.map(keep, state.hidden, state.window_hidden)), transition
 
-        state = state._replace(key=key, window_hidden=state.hidden)
-        state, trajectory = jax.lax.scan(step, state, jnp.arange(config.NUM_STEPS))
+        state, trajectory = jax.lax.scan(step, state._replace(window_hidden=state.hidden), jnp.arange(config.NUM_STEPS))
         now = jax.tree.map(lambda x: x[None], state.now)
         steps = jax.tree.map(lambda *x: jnp.concatenate(x), *window, trajectory, now)
         if rnn:
@@ -422,7 +421,8 @@ def make_pqn(config):
         batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch)
-        state = state._replace(**dict(zip(("variables", "opt_state"), unravel(carry), strict=True)))
+        variables, opt_state = unravel(carry)
+        state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
         metrics |= {name: x.mean(where=trajectory.done) for name, x in report(trajectory).items()}  # NaN: none ended
