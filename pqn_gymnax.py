@@ -341,7 +341,6 @@ def make_train(config):
 
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
-
 SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_gymnax.py")).stem)  # copies have their own
 FIXED = ("SEED", "NUM_SEEDS", "alg.ENV_NAME", "alg.NUM_ENVS", "alg.NUM_STEPS")  # cannot change when a run is resumed
 Folder = Annotated[str, BeforeValidator(lambda path: path and str(path))]
@@ -413,6 +412,8 @@ def run(config=None, **settings):
     log = attempt(start_wandb, config, settings, folder) if settings.WANDB_MODE != "disabled" else None
     stop, last, start = False, time.time(), time.time() - (float(rows[0].time.max()) if rows else 0)
     counts = {"initial": i * steps * num_seeds, "total": num_updates * steps * num_seeds, "unit_scale": True}
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a log file: a line a minute
+        counts |= {"mininterval": 60, "bar_format": "{l_bar}{bar:10}{r_bar}\n"}
     with catch_signals() as signals, tqdm(desc=config.TASK, unit="step", **counts) as bar:
         while i < num_updates and not stop:
             state, metrics = update_seeds(state, i)
@@ -420,13 +421,12 @@ def run(config=None, **settings):
             i, pending, stop = i + 1, [*pending, metrics], bool(signals)
             if i % log_interval and i < num_updates and not stop:
                 continue
-            values, now = average(jax.device_get(pending)), time.time()
-            row = {"seed": np.arange(num_seeds), "update_steps": i, "env_step": i * steps}
-            row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "time": np.float32(now - start)}
-            row |= {"sps": np.float32(len(pending) * steps * num_seeds / (now - last))}
+            values, now, n = average(jax.device_get(pending)), time.time(), len(pending) * steps * num_seeds
+            row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}
+            row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "sps": np.float32(n / (now - last))}
             rows.append(pd.DataFrame(row | values))
-            bar.update(len(pending) * steps * num_seeds)
-            bar.set_postfix_str(f"return {values['returned_episode_returns'].mean():.2f}")
+            bar.set_postfix_str(f"return {values['returned_episode_returns'].mean():.2f}", refresh=False)
+            bar.update(n)
             if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
                 bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
                 diverged |= news
