@@ -1,20 +1,22 @@
-"""Train the recipes, and set their scores beside what others published, a table scores.md.
+"""Train the recipes, and keep their runs in results/.
 
-    python benchmarks/scores.py --seeds 3 Breakout-MinAtar Asterix-MinAtar      # the recipes in full
+    python benchmarks/scores.py --seeds 5 Breakout-MinAtar Asterix-MinAtar      # the recipes in full
     python benchmarks/scores.py --fraction 0.1                                  # all tasks below, a tenth of each recipe's steps
-    python benchmarks/scores.py --table                                         # nothing is trained: the table of what results/ has
+    python benchmarks/scores.py --keep runs/<run>/<time>                        # a run that is there already
 
-Tasks are trained one after the other, into runs/evidence/<fraction>_<seeds>_seeds; one that was stopped goes on where it was. Recipes in full are kept
-in results/, with their table; a fraction's table is beside its runs. Published figures: results/anchors.csv.
+Tasks are trained one after the other, into runs/evidence/<fraction>_<seeds>_seeds; one that was stopped goes on where it was. What is kept: config.yaml,
+with command, commit and machine, the curve, and the main columns of metrics.csv. Recipes in full are kept by themselves. Then: benchmarks/tables.py
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 from omegaconf import OmegaConf
+from speed import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
@@ -38,10 +40,14 @@ TASKS = {  # task: (script, recipe, overrides)
     "hanabi": ("pqn_vdn_jaxmarl", "pqn_vdn_hanabi", []),
 }
 
-HEADING = """Mean training return over the last tenth of a run, and its last evaluation: means over seeds with 95% bootstrap intervals.
-Made by `python benchmarks/scores.py --table`; commands, commits and rows are in the folders beside this file.
+KEPT = ["seed", "env_step", "update_steps", "time", "td_loss", "reset_steps"]  # columns of metrics.csv
+KEPT += ["test/percent_of_maximum", "test/human_normalized_score", "test/unfinished"]
 
-"""
+
+def git_commit():
+    """The working tree's commit; with -dirty where it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def finished(folder, steps):
@@ -53,44 +59,39 @@ def finished(folder, steps):
 
 
 def train(task, fraction, seeds, root):
-    """One task, trained or gone on with, below root; kept in results/ if it is the recipe in full."""
+    """One task, trained or gone on with, below root; kept if it is the recipe in full."""
     script, recipe, overrides = TASKS[task]
     steps = fraction * float(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml").TOTAL_TIMESTEPS)
-    command = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}"]
-    command += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
     runs, commits = root / f"{script}_{task}_s0", root / f"{task}.commits"
     folders = sorted(runs.glob("*/"))
     if folders and finished(folders[-1], steps):
         return print(f"{task}: has been trained, {folders[-1]}")
     root.mkdir(parents=True, exist_ok=True)
     with open(commits, "a") as file:
-        subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=file, check=True)
-    command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else [*command, f"SAVE_PATH={root}"]
+        print(git_commit(), file=file)
+    command = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}", f"SAVE_PATH={root}"]
+    command += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
+    command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else command
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     if fraction == 1:
-        commit = ", resumed at ".join(dict.fromkeys(commits.read_text().split()))
-        keep = [sys.executable, "benchmarks/keep.py", max(runs.glob("*/")), commit]
-        subprocess.run(keep, cwd=ROOT, check=True)
+        keep(max(runs.glob("*/")), ", resumed at ".join(dict.fromkeys(commits.read_text().split())))
 
 
-def write_table(root):
-    """root/scores.md: each task's scores as plot.py finds them, published ones below."""
-    subprocess.run([sys.executable, "plot.py", root, "--out", root], cwd=ROOT, check=True)
-    ours = pd.read_csv(root / "scores.csv")
-    anchors = pd.read_csv(ROOT / "results/anchors.csv", keep_default_na=False, dtype=str)
-
-    def shown(row, name):
-        low = "" if pd.isna(row[f"{name}_low"]) else f" [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]"
-        return "" if pd.isna(row[name]) else f"{row[name]:.1f}{low}"
-
-    lines = [("task", "steps", "seeds", "who", "training", "evaluation"), ("---",) * 6]
-    for _, row in ours.sort_values("task", key=lambda names: names.str.lower()).iterrows():
-        scores = [shown(row, name) for name in ("training", "evaluation")]
-        lines.append((row["task"], f"{row['steps']:.3g}", row["seeds"], f"**ours**, {row['algorithm']}", *scores))
-        for _, other in anchors[anchors["task"] == row["task"]].iterrows():
-            lines.append(("", other["steps"], "", other["who"], other["training"], other["evaluation"]))
-    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-    (root / "scores.md").write_text(HEADING + table)
+def keep(folder, commit):
+    """A run as evidence, in results/<script>_<task>_s<SEED>/."""
+    saved = OmegaConf.load(folder / "config.yaml")
+    about = saved.about
+    kept = ROOT / "results" / f"{about.script}_{about.task}_s{saved.SEED}"
+    kept.mkdir(parents=True, exist_ok=True)
+    command = about.commands[0][about.commands[0].index(about.script) :].split()
+    about.commands = " ".join(["python", *(word for word in command if not word.startswith("SAVE_PATH="))])
+    about.commit, about.machine = commit, hardware()
+    saved.SAVE_PATH, saved.RESUME = "runs", None  # no paths of a machine
+    OmegaConf.save(saved, kept / "config.yaml")
+    table = pd.read_csv(folder / "metrics.csv")
+    columns = [name for name in table if name in KEPT or "returned_" in name or "test/Achievements" in name]
+    table[columns].to_csv(kept / "metrics.csv", index=False, float_format="%.6g")
+    shutil.copy(folder / "learning_curve.png", kept)
 
 
 def main():
@@ -98,14 +99,14 @@ def main():
     parser.add_argument("tasks", nargs="*", help=", ".join(TASKS))
     parser.add_argument("--fraction", type=float, default=1.0, help="of each recipe's steps, schedules included")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--keep", nargs="+", type=Path, metavar="FOLDER", help="of runs, made at this commit")
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         sys.exit(f"Error: no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    root = ROOT / f"runs/evidence/{args.fraction:g}_{args.seeds}_seeds"
-    for task in [] if args.table else args.tasks or TASKS:
-        train(task, args.fraction, args.seeds, root)
-    write_table(root if args.fraction != 1 else ROOT / "results")
+    for folder in args.keep or ():
+        keep(folder, git_commit())
+    for task in () if args.keep else args.tasks or TASKS:
+        train(task, args.fraction, args.seeds, ROOT / f"runs/evidence/{args.fraction:g}_{args.seeds}_seeds")
 
 
 if __name__ == "__main__":
