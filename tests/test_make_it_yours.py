@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -32,59 +33,54 @@ def patched(folder, names):
 
 
 def train(pqn, count=3, **changes):
-    """States before and after each of some updates, the updates' metrics, and what `update` uses."""
-    init, update, _ = pqn.make_pqn(pqn.Config(**TINY | CHANGES | changes))
+    """States before and after each of some updates, the updates' metrics, and the network."""
+    init, update, _ = pqn.make_pqn(config := pqn.Config(**TINY | CHANGES | changes))
     states, metrics, step = [jax.jit(init)(jax.random.key(0))], [], jax.jit(update)
     for i in range(count):
         state, values = step(states[-1], i)
         states, metrics = [*states, state], [*metrics, values]
     assert all(np.isfinite(values["td_loss"]) for values in metrics)
-    return states, metrics, inspect.getclosurevars(update).nonlocals
+    return states, metrics, pqn.make_network(config)
 
 
 def check_rms_norm(pqn):
     """In the parameters; and what leaves it has a mean square of 1, but a mean."""
-    states, _, inner = train(pqn, NORM_TYPE="rms_norm")
-    _, seen = inner["network"].apply(states[0].variables, states[-1].obs, capture_intermediates=True)
+    states, _, network = train(pqn, NORM_TYPE="rms_norm")
+    _, seen = network.apply(states[0].variables, np.random.rand(4, 10, 10, 4), capture_intermediates=True)
     params = states[-1].variables["params"]
-    assert {name: params[name]["scale"].shape for name in params if "Norm" in name} == {
-        "RMSNorm_0": (16,),
-        "RMSNorm_1": (128,),
-    }
-    for name in ("RMSNorm_0", "RMSNorm_1"):
+    for name, features in (("RMSNorm_0", 16), ("RMSNorm_1", 128)):
+        assert params[name].keys() == {"scale"} and params[name]["scale"].shape == (features,)
         y = np.asarray(seen["intermediates"][name]["__call__"][0])
         np.testing.assert_allclose((y**2).mean(0), 1, rtol=0.01)
-        assert abs(y.mean(0)).max() > 0.01
+        assert abs(y.mean(0)).max() > 0.05
 
 
-def check_next_values(pqn, states, inner, value):
+def check_next_values(pqn, states, network, value):
     """V(s') in the targets against value(Q of the network that acted, Q of the target network), in NumPy."""
     state = states[-1]._replace(target=jax.tree.map(lambda x: x[::-1], states[-1].variables))
     rng, shape = np.random.default_rng(0), (TINY["NUM_STEPS"], TINY["NUM_ENVS"])
     obs, done, terminated = rng.integers(0, 2, (*shape, *state.obs.shape[1:])), *(rng.random((2, *shape)) < 0.5)
     trajectory = pqn.Transition(obs, 0, np.zeros(shape), done, done & terminated, np.full(shape, 100.0), 0, 0)
     obs = np.concatenate([obs, state.obs[None]])
-    v = value(*(np.asarray(inner["network"].apply(x, obs)) for x in (state.variables, state.target)))
+    v = value(*(np.asarray(network.apply(x, obs)) for x in (state.variables, state.target)))
     pqn.q_lambda_targets = lambda reward, discount, next_value, trace: next_value  # tested elsewhere
     found = inspect.getclosurevars(pqn.make_pqn(pqn.Config(**TINY))[1]).nonlocals["targets"](state, trajectory)[0]
     np.testing.assert_allclose(found, np.where(done & ~terminated, v[:-1], v[1:]), rtol=1e-4, atol=1e-4)
 
 
 def check_target_network(pqn):
-    states, _, inner = train(pqn, TARGET_INTERVAL=2)
+    states, _, network = train(pqn, TARGET_INTERVAL=2)
     refreshed = [0, 0, 2, 2]  # the state whose parameters each state's target has
     for i, state in enumerate(states):
         same = [jax.tree.all(jax.tree.map(np.array_equal, state.target, other.variables)) for other in states]
         assert same == [j == refreshed[i] for j in range(4)]
-    check_next_values(pqn, states, inner, lambda acted, target: target.max(-1))
+    check_next_values(pqn, states, network, lambda acted, target: target.max(-1))
 
 
 def check_double_q(pqn):
-    def value(acted, target):
-        return np.take_along_axis(target, acted.argmax(-1)[..., None], -1)[..., 0]
-
-    states, _, inner = train(pqn)
-    check_next_values(pqn, states, inner, value)
+    states, _, network = train(pqn)
+    index = partial(np.take_along_axis, axis=-1)
+    check_next_values(pqn, states, network, lambda acted, target: index(target, acted.argmax(-1)[..., None])[..., 0])
 
 
 def check_ladder(pqn):
@@ -122,14 +118,12 @@ def test_a_diff_does_what_is_said(name, tmp_path):
 
 
 def test_all_diffs_together(tmp_path):
-    """Through `run`: state is saved and restored, and the metric is in the table."""
+    """Through `run`: the metric is in the table, the state in a checkpoint."""
     pqn = patched(tmp_path, DIFFS)
-    half = pqn.Config(**TINY | CHANGES | {"NORM_TYPE": "rms_norm", "TOTAL_TIMESTEPS": 4 * 8 * 2})
-    folder = pqn.run(half, SAVE_PATH=tmp_path)["folder"]
-    pqn.run(pqn.override(half, TOTAL_TIMESTEPS=4 * 8 * 3), RESUME=folder)
+    folder = pqn.run(pqn.Config(**TINY | CHANGES, NORM_TYPE="rms_norm"), SAVE_PATH=tmp_path)["folder"]
     table = pd.read_csv(folder / "metrics.csv")
-    assert folder.parent.name == "my_pqn_Breakout-MinAtar_s0" and list(table.update_steps) == [1, 2, 3]
-    assert np.isfinite(table[["td_loss", "max_q"]]).all(None)
+    assert folder.parent.name == "my_pqn_Breakout-MinAtar_s0" and (folder / "checkpoints/4").exists()
+    assert list(table.update_steps) == [1, 2, 3, 4] and np.isfinite(table[["td_loss", "max_q"]].to_numpy()).all()
 
 
 def test_the_environment(tmp_path, monkeypatch):
@@ -137,6 +131,7 @@ def test_the_environment(tmp_path, monkeypatch):
     (tmp_path / "maze.py").write_text(re.search(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)[1])
     monkeypatch.syspath_prepend(tmp_path)
     import maze
+
     import pqn_minatar as pqn
 
     kwargs = {"size": 7, "max_steps_in_episode": 50}
