@@ -3,10 +3,9 @@
     uv run --extra all --extra launches python benchmarks/gpu_launches.py                       # the recipes below, 1 and 10 seeds
     uv run --extra all --extra launches python benchmarks/gpu_launches.py --recipes pqn --seeds 1 alg.NUM_ENVS=1024
 
-Small networks are bound by launches on a GPU: fewer, larger kernels are faster. A row of results/gpu_launches.csv (and .md) for each recipe,
+Small networks are bound by launches on a GPU: fewer, larger kernels are faster. A row of results/gpu_launches.csv for each recipe,
 number of seeds and overrides, which replaces the one before. launches: of an update without an evaluation, all seeds vmapped; rollout and
-minibatch: of the first loop, and of the innermost of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: outside
-of loops; convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
+minibatch: of the first loop and of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: outside of loops; convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
 XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE; compile_s: on this machine; state_mib, temp_mib: memory by XLA's analysis. Emulators are
 left out of Atari's. It measures no time, and on a real GPU autotuning may choose other matrix products.
 """
@@ -134,13 +133,10 @@ def measure(recipe, num_seeds, changes, dump):
     compiled = lowered.compile()
     seconds, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
     total, loops = count(computations(text))
-    minibatch = loops[-1]
-    while minibatch[2]:
-        minibatch = minibatch[2][-1]
     thunks = max(glob.glob(f"{dump}/*after_thunk_passes.txt"), key=os.path.getmtime)
     pieces = re.findall(r"^\d+: (k\w+)", Path(thunks).read_text(), re.MULTILINE)
     row = {"recipe": recipe, "seeds": num_seeds, "changes": " ".join(f"{k}={v}" for k, v in changes.items())}
-    row |= {"launches": total, "rollout": "{} x {}".format(*loops[0]), "minibatch": "{} x {}".format(*minibatch)}
+    row |= {"launches": total, "rollout": "{} x {}".format(*loops[0]), "minibatch": "{} x {}".format(*loops[-1])}
     row |= {"rest": total - sum(turns * launches for turns, launches, _ in loops)}
     row |= {"convolutions": len(re.findall(r"feature_group_count=|convolution\(|cudnn\$conv", text))}
     row |= {"graph": pieces == ["kCommandBuffer"], "compile_s": round(seconds)}
@@ -149,15 +145,9 @@ def measure(recipe, num_seeds, changes, dump):
 
 def write(row):
     """Put a row into the table, in place of the one before."""
-    path = ROOT / "results/gpu_launches.csv"
+    path, key = ROOT / "results/gpu_launches.csv", ["recipe", "changes", "seeds"]
     table = pd.concat([pd.read_csv(path, keep_default_na=False) if path.exists() else None, pd.DataFrame([row])])
-    table = table.drop_duplicates(["recipe", "seeds", "changes"], keep="last").sort_values(
-        ["recipe", "changes", "seeds"]
-    )
-    table.to_csv(path, index=False)
-    lines = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-    path.with_suffix(".md").write_text(f"Made by `python benchmarks/gpu_launches.py`; columns: see there\n\n{text}")
+    table.drop_duplicates(key, keep="last").sort_values(key).to_csv(path, index=False)
 
 
 def prepare():

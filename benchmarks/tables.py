@@ -1,4 +1,5 @@
-"""Make the tables of README.md and the pages from results/: what stands between <!-- scores -->, <!-- speed --> or <!-- ablation --> and <!-- end -->.
+"""Make the tables of README.md and the pages from results/: what stands between <!-- scores -->, <!-- speed -->,
+<!-- ablation --> or <!-- launches --> and <!-- end -->.
 
     python benchmarks/tables.py
 
@@ -17,7 +18,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation|launches)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def draw():
@@ -103,9 +104,19 @@ def ablation(folders):
     )
 
 
+def launches(_):
+    """What benchmarks/gpu_launches.py counted."""
+    table = pd.read_csv(RESULTS / "gpu_launches.csv", keep_default_na=False)
+    table["launches"] = table.launches.map("{:,}".format)
+    table["graph"] = table.graph.map({True: "one", False: ""})
+    table["memory, GiB"] = [f"{(a + b) / 1024:.1f}" for a, b in zip(table.state_mib, table.temp_mib, strict=True)]
+    names = ["recipe", "seeds", "launches", "rollout", "minibatch", "rest", "graph", "memory, GiB"]
+    return markdown(table[table.changes == ""][names])
+
+
 def fill(text):
     """A page with its tables made anew."""
-    make = {"scores": scores, "speed": speed, "ablation": ablation}
+    make = {"scores": scores, "speed": speed, "ablation": ablation, "launches": launches}
     return BLOCK.sub(lambda m: f"{m[1]}{': ' + m[2] if m[2] else ''}{m[3]}\n{make[m[1]](m[2])}\n", text)
 
 
