@@ -309,7 +309,7 @@ def main():
         for step in play(agent, game, key):  # noqa: B007
             pass
         scores.append(step.score)
-        print(f"episode {len(scores)}: return {last.score:g} in {step.number} steps", flush=True)
+        print(f"episode {len(scores)}: return {step.score:g} in {step.number} steps", flush=True)
     which = "best" if len(set(scores)) > 1 else "first"
     print(f"mean {np.mean(scores):.2f},", f"best {max(scores):g}" if which == "best" else "all alike")
     steps = islice(play(agent, game, keys[np.argmax(scores)]), FRAMES[args.out.suffix])
