@@ -238,11 +238,11 @@ def finish(step, frame):
     """A frame at least WIDTH wide and of even size, as H.264 needs it, below a bar with the step and the score."""
     frame = frame.repeat(scale := -(-WIDTH // frame.shape[1]), 0).repeat(scale, 1)  # whole pixels: tiles stay sharp
     height, width = (n + n % 2 for n in frame.shape[:2])
-    picture, bar = Image.new("RGB", (width, height + 32)), ImageFont.load_default(20)
+    picture, font = Image.new("RGB", (width, height + 32), "#404040"), ImageFont.load_default(20)
     picture.paste(Image.fromarray(frame), (0, 32))
     draw = ImageDraw.Draw(picture)
-    draw.text((8, 16), f"step {step.number}", "white", bar, "lm")
-    draw.text((width - 8, 16), f"score {step.score:.4g}", "white", bar, "rm")
+    draw.text((8, 16), f"step {step.number}", "white", font, "lm")
+    draw.text((width - 8, 16), f"score {step.score:.4g}", "white", font, "rm")
     return np.asarray(picture)
 
 
@@ -323,7 +323,7 @@ def main():
         return print(f"No picture: nothing here can draw {config.ENV_NAME}")
     try:
         with imageio.get_writer(args.out, **options) as file:
-            for count, frame in enumerate(frames, 1):
+            for count, frame in enumerate(frames, 1):  # noqa: B007
                 file.append_data(frame)
     except OSError as error:
         sys.exit(f"Error: --out={args.out} cannot be written: {str(error).splitlines()[0]}")
