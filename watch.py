@@ -83,7 +83,7 @@ def make_agent(pqn, config, network, variables, epsilon):
         values, hidden = q_values(obs[0][None, None], hidden)
         return pqn.epsilon_greedy(key, values[0, 0], obs[1], epsilon), hidden
 
-    if kind_of(config) == "team":
+    if hasattr(config, "MAP_NAME"):
         agents = len(pqn.make_env(config).agents)
         return jax.jit(team), jnp.zeros((1, agents, config.HIDDEN_SIZE)) if config.NETWORK == "rnn" else ()
     if hasattr(network, "initial_hidden"):
@@ -202,36 +202,45 @@ def draw_gymnax(pqn, config, steps):
     yield from draw_figure(visualiser, steps)
 
 
-def draw_team(pqn, config, steps):
-    """By JaxMARL's visualisers; Hanabi has none that draws."""
+def draw_overcooked(pqn, config, steps):
+    """By JaxMARL's tiles."""
+    from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
+
+    pad = pqn.make_env(config)._env._env.agent_view_size - 2
+    for step in steps:
+        grid = np.asarray(step.state.maze_map[pad:-pad, pad:-pad])
+        shown = {"agent_dir_idx": step.state.agent_dir_idx, "agent_inv": step.state.agent_inv}
+        yield step, np.asarray(OvercookedVisualizer._render_grid(grid, tile_size=32, highlight_mask=None, **shown))
+
+
+def draw_smax(pqn, config, steps):
+    """By JaxMARL's visualiser, which draws the simulator's steps within each of the agents'."""
+    from jaxmarl.viz.visualizer import SMAXVisualizer
+
     env, steps = pqn.make_env(config)._env._env, list(steps)
-    if config.ENV_NAME == "overcooked":
-        from jaxmarl.viz.overcooked_visualizer import OvercookedVisualizer
+    step_env = jax.jit(env.step_env, static_argnames="get_state_sequence")
+    env.step_env = lambda *args, **kw: jax.device_get(step_env(*args, **kw))  # NumPy is quicker to draw from
+    played = [(step.key, step.state, dict(zip(env.agents, step.action, strict=True))) for step in steps]
+    visualiser = SMAXVisualizer(env, jax.device_get(played))
+    visualiser.expand_state_seq()
+    visualiser.state_seq = jax.device_get(visualiser.state_seq)
+    visualiser.init()
+    yield from draw_figure(visualiser, steps)
 
-        pad = env.agent_view_size - 2
-        for step in steps:
-            grid = np.asarray(step.state.maze_map[pad:-pad, pad:-pad])
-            shown = {"agent_dir_idx": step.state.agent_dir_idx, "agent_inv": step.state.agent_inv}
-            yield step, np.asarray(OvercookedVisualizer._render_grid(grid, tile_size=32, highlight_mask=None, **shown))
-    elif "SMAX" in config.ENV_NAME:
-        from jaxmarl.viz.visualizer import SMAXVisualizer
 
-        step_env = jax.jit(env.step_env, static_argnames="get_state_sequence")
-        env.step_env = lambda *args, **kw: jax.device_get(step_env(*args, **kw))  # NumPy is quicker to draw from
-        played = [(step.key, step.state, dict(zip(env.agents, step.action, strict=True))) for step in steps]
-        visualiser = SMAXVisualizer(env, jax.device_get(played))
-        visualiser.expand_state_seq()
-        visualiser.state_seq = jax.device_get(visualiser.state_seq)
-        visualiser.init()
-        yield from draw_figure(visualiser, steps)
-    elif "MPE" in config.ENV_NAME:
-        from jaxmarl.environments.mpe.mpe_visualizer import MPEVisualizer
+def draw_mpe(pqn, config, steps):
+    """By JaxMARL's visualiser."""
+    from jaxmarl.environments.mpe.mpe_visualizer import MPEVisualizer
 
-        with redirect_stdout(None):
-            visualiser = MPEVisualizer(env, [step.state for step in steps])
-        yield from draw_figure(visualiser, steps)
-    else:
-        raise NotImplementedError
+    steps = list(steps)
+    with redirect_stdout(None):
+        visualiser = MPEVisualizer(pqn.make_env(config)._env._env, [step.state for step in steps])
+    yield from draw_figure(visualiser, steps)
+
+
+def draw_nothing(pqn, config, steps):
+    """Of what has no renderer."""
+    raise NotImplementedError
 
 
 def finish(step, frame):
@@ -246,24 +255,23 @@ def finish(step, frame):
     return np.asarray(picture)
 
 
-KINDS = {  # of environments: the game, its pictures, how many of them a second
+KINDS = {  # a word of an environment's name: the game, its pictures, how many of them a second
     "minatar": (array_game, draw_minatar, 10),
-    "gymnax": (array_game, draw_gymnax, 25),
     "craftax": (array_game, draw_craftax, 8),
-    "team": (team_game, draw_team, 8),
-    "atari": (atari_game, draw_atari, 15),
+    "overcooked": (team_game, draw_overcooked, 8),
+    "smax": (team_game, draw_smax, 30),
+    "mpe_": (team_game, draw_mpe, 8),
+    "hanabi": (team_game, draw_nothing, 1),
+    "gymnax": (array_game, draw_gymnax, 25),  # all others,
+    "atari": (atari_game, draw_atari, 15),  # and emulators
 }
 
 
 def kind_of(config):
     """The key in KINDS of what a run's Config plays, whatever its script is called."""
-    if config.ENV_NAME.startswith("Craftax"):
-        return "craftax"
-    if hasattr(config, "TEST_ENVS"):  # emulators
+    if hasattr(config, "TEST_ENVS"):
         return "atari"
-    if hasattr(config, "MAP_NAME"):
-        return "team"
-    return "minatar" if config.ENV_NAME.endswith("-MinAtar") else "gymnax"
+    return next((kind for kind in KINDS if kind in config.ENV_NAME.lower()), "gymnax")
 
 
 def read_arguments():
@@ -296,9 +304,9 @@ def main():
             sys.path.insert(0, os.getcwd())
             importlib.import_module(args.module)
         config, network, variables = pqn.load(args.folder)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KeyError) as error:
         hint = "" if args.module else "; an environment of your own needs --import <the module that registers it>"
-        sys.exit(f"Error: {' '.join(str(error).split())}{hint}")
+        sys.exit(f"Error: {args.folder} cannot be loaded: {' '.join(str(error).split())}{hint}")
     if not 0 <= args.seed_index < (num_seeds := len(jax.tree.leaves(variables)[0])):
         sys.exit(f"Error: --seed-index={args.seed_index} must be from 0 to {num_seeds - 1}, the run's seeds")
     variables = jax.tree.map(lambda x: x[args.seed_index], variables)
@@ -312,15 +320,14 @@ def main():
         print(f"episode {len(scores)}: return {step.score:g} in {step.number} steps", flush=True)
     which = "best" if len(set(scores)) > 1 else "first"
     print(f"mean {np.mean(scores):.2f},", f"best {max(scores):g}" if which == "best" else "all alike")
-    steps = islice(play(agent, game, keys[np.argmax(scores)]), FRAMES[args.out.suffix])
-    frames = islice((finish(*drawn) for drawn in draw(pqn, config, steps)), FRAMES[args.out.suffix])
-    options = (
-        {"duration": 1000 / rate, "loop": 0} if args.out.suffix == ".gif" else {"fps": rate, "macro_block_size": 2}
-    )
+    gif, most = args.out.suffix == ".gif", FRAMES[args.out.suffix]
+    steps = islice(play(agent, game, keys[np.argmax(scores)]), most)
     try:
+        frames = islice((finish(*drawn) for drawn in draw(pqn, config, steps)), most)
         frames = chain([next(frames)], frames)
     except NotImplementedError:
         return print(f"No picture: nothing here can draw {config.ENV_NAME}")
+    options = {"duration": 1000 / rate, "loop": 0} if gif else {"fps": rate, "macro_block_size": 2}
     try:
         with imageio.get_writer(args.out, **options) as file:
             for count, frame in enumerate(frames, 1):  # noqa: B007
