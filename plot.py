@@ -138,14 +138,15 @@ def draw_published(panel, task, metric):
     anchors = [row for _, row in anchors.iterrows() if (row.task, row.metric) == (task, metric.removeprefix("test/"))]
     for i, row in enumerate(anchors):
         value = np.mean([float(number) for number in re.findall(r"-?[\d.]+", row[column])])
-        label = re.split(r" \(|, ", row.who)[0] + (f", {row.steps} steps" if row.steps == row.steps else "")
+        label = row.who + (f", {row.steps} steps" if row.steps == row.steps else "")
         panel.axhline(value, linestyle="--", color=str(0.2 + 0.5 * i / len(anchors)), label=label)
 
 
 def draw(points, rows, x, metric):
     """The figure: a panel a task, a line an algorithm, in the table's order."""
     tasks, labels = rows.task.unique(), rows.algorithm.unique()
-    columns, height = min(3, len(tasks)), -(-len(tasks) // 3)
+    columns = min(3 if len(tasks) < 10 else 5, len(tasks))
+    height = -(-len(tasks) // columns)
     colours = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels))
     options = {"palette": dict(zip(labels, colours, strict=True)), "estimator": iqm, "errorbar": interval}
     figure = Figure(figsize=(1 + 5 * columns, 0.6 + 4 * height), layout="constrained")
