@@ -181,16 +181,15 @@ class QNetwork(nn.Module):
         def recurrent(key):  # for each of the LSTM's four gates
             return jnp.concatenate([nn.initializers.orthogonal()(k, (size, size)) for k in jax.random.split(key, 4)], 1)
 
-        size, norm, batch_norm = self.config.HIDDEN_SIZE, self.config.NORM_TYPE, partial(nn.BatchNorm, not train)
-        norm = {"layer_norm": nn.LayerNorm, "batch_norm": batch_norm, "none": lambda: lambda x: x}[norm]
+        size, hidden, batch = self.config.HIDDEN_SIZE, list(hidden), partial(nn.BatchNorm, not train)
+        norm = {"layer_norm": nn.LayerNorm, "batch_norm": batch, "none": lambda: lambda x: x}[self.config.NORM_TYPE]
         x = jax.nn.one_hot(obs, self.obs_space.n) if hasattr(self.obs_space, "n") else obs  # a discrete observation
         x = x.reshape(*obs.shape[:2], -1).astype(jnp.float32)
-        x = batch_norm()(x) if self.config.NORM_INPUT else x
+        x = batch()(x) if self.config.NORM_INPUT else x
         for _ in range(self.config.NUM_LAYERS):
             x = nn.relu(norm()(nn.Dense(size)(x)))
         if self.config.ADD_LAST_ACTION:
             x = jnp.concatenate([x, jax.nn.one_hot(last_action, self.num_actions)], -1)
-        hidden = list(hidden)
         for i, state in enumerate(hidden):
             hidden[i], x = lstm(state, nn.Dense(4 * size)(x), reset, self.param(f"recurrent_kernel_{i}", recurrent))
         return nn.Dense(self.num_actions)(x), tuple(hidden)
@@ -215,7 +214,7 @@ class Transition(NamedTuple):
     action: jax.Array
     reward: jax.Array
     done: jax.Array  # the episode ended
-    mask: jax.Array  # the step was played and no time limit cut it, so it is learned from
+    mask: jax.Array  # learned from: the step was played, and not cut by a time limit, which hides the state it led to
     returns: jax.Array  # of the episode so far, this step included
     lengths: jax.Array
 
@@ -292,8 +291,7 @@ def make_pqn(config):
         action = epsilon_greedy(keys[0], q_values[0], epsilon)
         obs, env_state, reward, terminated, truncated, _ = env_step(keys[1:], state.env_state, action, env_params)
         done, returns, lengths = terminated | truncated, now.returns + reward, now.lengths + 1
-        mask = terminated | ~truncated  # after a time limit, the observation that the step led to is gone
-        transition = Transition(*now[:3], action, jnp.float32(reward), done, mask, returns, lengths)
+        transition = Transition(*now[:3], action, jnp.float32(reward), done, terminated | ~truncated, returns, lengths)
         now = now._replace(obs=obs, reset=done, last_action=jnp.where(done, -1, action))
         now = now._replace(returns=returns * ~done, lengths=lengths * ~done)
         return state._replace(env_state=env_state, now=now, hidden=hidden), transition
@@ -317,8 +315,7 @@ def make_pqn(config):
         return {f"test/{name}": x.mean() for name, x in tests.items()}
 
     def targets(steps, value):
-        """Targets from the training pass's values, all [T, N]. Where a time limit cut an episode or no step was played, as
-        after the rollout, G_t = V(s_t), which the steps before bootstrap from."""
+        """Targets from the training pass's values, all [T, N]. Where the mask is false, G_t = V(s_t)."""
         goes_on = steps.mask & ~steps.done
         next_value, trace = jnp.where(steps.mask, jnp.roll(value, -1, 0), value), config.LAMBDA * goes_on
         reward = jnp.where(steps.mask, config.REW_SCALE * steps.reward, 0.0)
@@ -355,16 +352,16 @@ def make_pqn(config):
             keep = partial(jnp.where, t == config.NUM_STEPS - config.MEMORY_WINDOW - 1)
             return state._replace(window_hidden=jax.tree.map(keep, state.hidden, state.window_hidden)), transition
 
-        keys = jax.random.split(key_rollout, (config.NUM_STEPS, 1 + config.NUM_ENVS))
-        state = state._replace(window_hidden=state.hidden)
-        state, trajectory = jax.lax.scan(step, state, (jnp.arange(config.NUM_STEPS), keys))
+        inputs = jnp.arange(config.NUM_STEPS), jax.random.split(key_rollout, (config.NUM_STEPS, 1 + config.NUM_ENVS))
+        state, trajectory = jax.lax.scan(step, state._replace(window_hidden=state.hidden), inputs)
         parts = *window, trajectory, jax.tree.map(lambda x: x[None], state.now)
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
         envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
-        take = partial(take_sequences, hidden, parts)
-        carry, losses = jax.lax.scan(lambda carry, envs: learn(carry, take(envs), unravel), carry, envs)
+        carry, losses = jax.lax.scan(
+            lambda carry, x: learn(carry, take_sequences(hidden, parts, x), unravel), carry, envs
+        )
         variables, opt_state = unravel(carry)
         state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}

@@ -11,6 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 RUNS = {  # minutes on a GPU
     "pqn_minatar": 'run(Config(ENV_NAME="Breakout-MinAtar", TOTAL_TIMESTEPS=1e7), NUM_SEEDS=3)',
     "pqn_gymnax": 'run(Config(ENV_NAME="CartPole-v1"), NUM_SEEDS=10)',
+    "pqn_rnn_gymnax": 'run(Config(ENV_NAME="CartPolePositions-v1"), NUM_SEEDS=5)',
     "pqn_atari_envpool": 'run(Config(ENV_NAME="Pong-v5", TOTAL_TIMESTEPS=5e6))',
     "pqn_craftax_rnn": 'run(Config(ENV_NAME="Craftax-Classic-Symbolic-v1", NUM_ENVS=256, TOTAL_TIMESTEPS=1e7))',
     "pqn_vdn_jaxmarl": 'run(Config(MAP_NAME="3m", TOTAL_TIMESTEPS=2e6), NUM_SEEDS=3)',

@@ -25,13 +25,14 @@ MPE = {
 CHANGES = {
     "pqn_minatar": {"NUM_SEEDS": 2},
     "pqn_gymnax": {},
+    "pqn_rnn_gymnax": {"HIDDEN_SIZE": 16},
     "pqn_atari_envpool": {"TOTAL_TIMESTEPS": 96, "TEST_ENVS": 1, "ENV_KWARGS": {"max_episode_steps": 60}},
     "pqn_craftax_rnn": SHORT_CRAFTAX,
     "pqn_vdn_jaxmarl": MPE | {"HIDDEN_SIZE": 16},
 }
 PICTURES = {
     "pqn_minatar": (160, 160), "pqn_gymnax": (600, 500), "pqn_atari_envpool": (160, 210), "pqn_craftax_rnn": (144, 144),
-    "pqn_vdn_jaxmarl": (500, 500),
+    "pqn_vdn_jaxmarl": (500, 500), "pqn_rnn_gymnax": (600, 500),
 }  # fmt: skip
 
 
