@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {  # recipe: its script
     "pqn": "pqn_minatar",
     "pqn_cartpole": "pqn_gymnax",
+    "pqn_rnn_cartpole": "pqn_rnn_gymnax",
     "pqn_atari": "pqn_atari_envpool",
     "pqn_craftax_rnn": "pqn_craftax_rnn",
     "pqn_vdn_smax": "pqn_vdn_jaxmarl",

@@ -11,6 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 RUNS = {  # what is trained, and how long that takes on two CPU cores, as Colab has them
     "pqn_minatar": ('run(Config(ENV_NAME="Breakout-MinAtar", TOTAL_TIMESTEPS=1e7), NUM_SEEDS=3)', "20 minutes"),
     "pqn_gymnax": ('run(Config(ENV_NAME="CartPole-v1"), NUM_SEEDS=10)', "3 minutes"),
+    "pqn_rnn_gymnax": ('run(Config(ENV_NAME="CartPolePositions-v1"), NUM_SEEDS=5)', "an hour"),
     "pqn_atari_envpool": ('run(Config(ENV_NAME="Pong-v5", TOTAL_TIMESTEPS=5e6))', "3 hours"),
     "pqn_craftax_rnn": (
         'run(Config(ENV_NAME="Craftax-Classic-Symbolic-v1", NUM_ENVS=256, TOTAL_TIMESTEPS=1e7))',

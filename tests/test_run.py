@@ -409,9 +409,12 @@ def test_copies_of_other_names_and_alone(name, command, tmp_path):
     assert {path.name for path in tmp_path.iterdir() if path.suffix not in (".out", ".err")} == {*files, "runs"}
 
 
+@pytest.mark.parametrize("name", [*QUICK, "pqn_rnn_gymnax"])
 def test_bare_command_first_recipe_and_config_are_the_same(name, script, command):
     """Key by key, and each recipe restates all keys."""
-    recipes = {"pqn_minatar": ["pqn"], "pqn_gymnax": ["pqn_cartpole", "pqn_acrobot"]}[name]
+    recipes = {"pqn_minatar": ["pqn"], "pqn_gymnax": ["pqn_cartpole", "pqn_acrobot"]}
+    recipes |= {"pqn_rnn_gymnax": ["pqn_rnn_cartpole", "pqn_rnn_memory_chain", "pqn_rnn_cartpole_positions"]}
+    recipes = recipes[name]
     for recipe in recipes:
         values = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml"))
         config = script.Config(**values)

@@ -18,6 +18,7 @@ print("started")
 SMALL = {"NUM_ENVS": 1, "NUM_MINIBATCHES": 1, "HIDDEN_SIZE": 64, "TEST_NUM_ENVS": 1}
 RECURRENT = {
     "pqn_craftax_rnn": {},
+    "pqn_rnn_gymnax": {},
     "pqn_vdn_jaxmarl": {"ENV_NAME": "MPE_simple_spread_v3", "MAP_NAME": None, "ALG_NAME": "a recurrent agent"},
 }
 

@@ -25,13 +25,14 @@ MPE = {
 CHANGES = {
     "pqn_minatar": {"NUM_SEEDS": 2},
     "pqn_gymnax": {},
+    "pqn_rnn_gymnax": {"HIDDEN_SIZE": 16},
     "pqn_atari_envpool": {"TOTAL_TIMESTEPS": 96, "TEST_ENVS": 1, "ENV_KWARGS": {"max_episode_steps": 60}},
     "pqn_craftax_rnn": SHORT_CRAFTAX,
     "pqn_vdn_jaxmarl": MPE | {"HIDDEN_SIZE": 16},
 }
 PICTURES = {  # with a bar of 32 pixels
     "pqn_minatar": (480, 512), "pqn_gymnax": (600, 532), "pqn_atari_envpool": (480, 662), "pqn_craftax_rnn": (576, 608),
-    "pqn_vdn_jaxmarl": (500, 532),
+    "pqn_vdn_jaxmarl": (500, 532), "pqn_rnn_gymnax": (600, 532),
 }  # fmt: skip
 
 
