@@ -5,7 +5,7 @@
 
 Small networks are bound by launches on a GPU: fewer, larger kernels are faster. A row of results/gpu_launches.csv for each recipe,
 number of seeds and overrides, which replaces the one before. launches: of an update without an evaluation, all seeds vmapped; rollout and
-minibatch: of the first loop and of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: outside of loops; convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
+minibatch: of the first loop and of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: all others; convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
 XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE; compile_s: on this machine; state_mib, temp_mib: memory by XLA's analysis. Emulators are
 left out of Atari's. It measures no time, and on a real GPU autotuning may choose other matrix products.
 """
@@ -138,7 +138,7 @@ def measure(recipe, num_seeds, changes, dump):
     pieces = re.findall(r"^\d+: (k\w+)", Path(thunks).read_text(), re.MULTILINE)
     row = {"recipe": recipe, "seeds": num_seeds, "changes": " ".join(f"{k}={v}" for k, v in changes.items())}
     row |= {"launches": total, "rollout": "{} x {}".format(*loops[0]), "minibatch": "{} x {}".format(*loops[-1])}
-    row |= {"rest": total - sum(turns * launches for turns, launches, _ in loops)}
+    row |= {"rest": total - loops[0][0] * loops[0][1] - loops[-1][0] * loops[-1][1]}
     row |= {"convolutions": len(re.findall(r"feature_group_count=|convolution\(|cudnn\$conv", text))}
     row |= {"graph": pieces == ["kCommandBuffer"], "compile_s": round(seconds)}
     return row | {"state_mib": memory.argument_size_in_bytes >> 20, "temp_mib": memory.temp_size_in_bytes >> 20}

@@ -11,6 +11,7 @@ Speeds: results/speed_<device>.csv, of each recipe the newest. Published figures
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -21,24 +22,50 @@ RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation|launches)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
+NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, won", "MPE_(.*)_v3": r"MPE \1"}
+NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1", "(.*)-v1": r"\1"}
+
+
 def draw():
-    """The figure and scores.csv of the runs kept in results/, by plot.py, with script, commit and machine."""
+    """The figure and scores.csv of the runs kept in results/, by plot.py, with script, commit and machine. SMAX's scores are
+    percent won."""
     folders = sorted(path.parent for path in RESULTS.glob("pqn_*/config.yaml"))
+    won = [folder for folder in folders if "SMAX" in folder.name]
+    with tempfile.TemporaryDirectory() as temporary:
+        plot = [sys.executable, "plot.py", "--metric", "returned_won_episode", "--out", temporary]
+        subprocess.run([*plot, *won], cwd=ROOT, check=True)
+        won = pd.read_csv(f"{temporary}/scores.csv")
     subprocess.run([sys.executable, "plot.py", *folders, "--out", RESULTS], cwd=ROOT, check=True)
-    runs = [OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in folders]
-    runs = [{"machine": "", **run, **run.get("about", {}), "algorithm": run["alg"]["ALG_NAME"]} for run in runs]
-    join = lambda values: "; ".join(dict.fromkeys(filter(None, values)))  # noqa: E731
-    facts = pd.DataFrame(runs).groupby(["task", "algorithm"])[["script", "commit", "machine"]].agg(join).reset_index()
     table = pd.read_csv(RESULTS / "scores.csv")
-    table["name"] = table.algorithm.str.split(",").str[0]
-    table = table.merge(facts.rename(columns={"algorithm": "name"}), on=["task", "name"]).drop(columns="name")
+    numbers = [name for name in table if name.startswith(("training", "evaluation"))]
+    won[numbers] *= 100
+    table = pd.concat([table[~table.task.isin(won.task)], won]).assign(
+        name=lambda rows: rows.algorithm.str.split(",").str[0]
+    )
+    runs = [OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in folders]
+    runs = [{"machine": "", **run, **run.get("about", {}), "name": run["alg"]["ALG_NAME"]} for run in runs]
+    join = lambda values: " and ".join(dict.fromkeys(filter(None, values)))  # noqa: E731
+    facts = pd.DataFrame(runs).groupby(["task", "name"])[["script", "commit", "machine"]].agg(join).reset_index()
+    table = table.merge(facts, on=["task", "name"]).drop(columns="name").sort_values(["script", "task"])
     table.to_csv(RESULTS / "scores.csv", index=False, float_format="%.6g")
 
 
 def markdown(table):
     """A DataFrame as a table."""
+    if table.empty:
+        return "Not measured yet.\n"
     rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
     return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+
+
+def short(steps):
+    """1e+06 as 1e6."""
+    return f"{steps:.2g}".replace("e+0", "e")
+
+
+def named(task):
+    """A task in the words of the field."""
+    return next((re.sub(old, new, task) for old, new in NAMES.items() if re.fullmatch(old, task)), task)
 
 
 def scored(row, name):
@@ -51,66 +78,57 @@ def scores(script):
     """Scores of one script or of all, beside what others published for as many steps."""
     table, rows = pd.read_csv(RESULTS / "scores.csv"), []
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
-    for _, row in table.sort_values("task", key=lambda names: names.str.lower()).iterrows():
+    for _, row in table[(table.script == script) | (script is None)].iterrows():
         near = [other for other in anchors.itertuples() if other.task == row.task]
         near = [other for other in near if not other.steps or abs(float(other.steps) / row.steps - 1) < 0.05]
-        others = [f"{other.who} {other.training or other.evaluation + ' greedy'}" for other in near]
-        steps, training, greedy = (
-            f"{row.steps:.2g}".replace("e+0", "e"),
-            scored(row, "training"),
-            scored(row, "evaluation"),
-        )
-        named = row.task.replace("_", " ").removesuffix("-MinAtar")
-        line = {
-            "task": named,
-            "steps": steps,
-            "seeds": row.seeds,
-            "in training": training,
-            "greedy, at the end": greedy,
-        }
-        rows += [line | {"others": "; ".join(others)}] if script in (None, row.script) else []
+        rows.append({"task": named(row.task), "steps": short(row.steps), "seeds": row.seeds})
+        for name, column in (("in training", "training"), ("greedy", "evaluation")):
+            others = [f"{other.who} {getattr(other, column)}" for other in near if getattr(other, column)]
+            rows[-1] |= {name: scored(row, column), f"others, {name}": ", ".join(others)}
+        rows[-1]["commit"] = row.commit
     return markdown(pd.DataFrame(rows))
 
 
 def speed(script):
     """The newest speeds of one script's recipes or of all, with machine and commit below."""
-    tables = pd.concat([pd.read_csv(path, keep_default_na=False) for path in RESULTS.glob("speed_*.csv")])
-    tables = tables[(tables.script == script) | (script is None)].sort_values("date", kind="stable")
-    table = tables.drop_duplicates(["recipe", "NUM_SEEDS", "changes"], keep="last").sort_values(["recipe", "NUM_SEEDS"])
-    table["steps/s"] = table.steps_per_s.map("{:,}".format)
-    table["of matrix products"] = [f"{float(share):.0%}" if share != "" else "" for share in table.share]
-    table["times a plain PQN"] = table.ratio.where(table.against == "plain", "")
-    shown = table.rename(columns={"NUM_SEEDS": "seeds", "compile_s": "compiles, s"})
-    shown = shown[["recipe", "seeds", "changes", "steps/s", "times a plain PQN", "of matrix products", "compiles, s"]]
-    shown = shown.loc[:, (shown != "").any()]
-    about = [
-        f"{device}, jax {jax}, commit {commit}"
-        for device, jax, commit in zip(table.device, table.jax, table.commit, strict=True)
-    ]
-    return f"{markdown(shown)}\n{'; '.join(dict.fromkeys(about))}; evaluations off.\n"
+    table = pd.concat([pd.read_csv(path, keep_default_na=False) for path in RESULTS.glob("speed_*.csv")])
+    table = table[(table.script == script) | (script is None)].sort_values("date", kind="stable")
+    table = table.drop_duplicates(["recipe", "NUM_SEEDS", "changes"], keep="last").sort_values(
+        ["script", "recipe", "NUM_SEEDS"]
+    )
+    if table.empty:
+        return markdown(table)
+    table["steps a second"] = table.steps_per_s.map("{:,}".format)
+    table["share of peak"] = [f"{float(share):.0%}" if share != "" else "" for share in table.share]
+    table["times the plain PQN"] = table.ratio.where(table.against == "plain", "")
+    shown = table.rename(columns={"NUM_SEEDS": "seeds", "compile_s": "compile time, s"})
+    names = ["recipe", "seeds", "changes", "steps a second", "times the plain PQN", "share of peak", "compile time, s"]
+    shown = shown[names].loc[:, (shown[names] != "").any()]
+    about = zip(table.device, table.jax, table.commit, strict=True)
+    about = dict.fromkeys(f"{device}, jax {jax}, commit {commit}" for device, jax, commit in about)
+    return f"{markdown(shown)}\n{'; '.join(about)}. Evaluations are off.\n"
 
 
 def ablation(folders):
-    """Scores of the ablations kept in folders of results/."""
+    """Scores of the ablations kept in folders of results/, a game after the other, the recipe first."""
     table = pd.concat([pd.read_csv(RESULTS / folder / "scores.csv") for folder in folders.split()])
-    table["steps"] = table.steps.map(lambda steps: f"{steps:.2g}".replace("e+0", "e"))
-    for name, column in (("in training", "training"), ("greedy, at the end", "evaluation")):
-        table[name] = [scored(row, column) for _, row in table.iterrows()]
-    table["task"] = table.task.str.removesuffix("-MinAtar")
-    return markdown(
-        table.rename(columns={"algorithm": "variant"})[
-            ["task", "steps", "variant", "seeds", "in training", "greedy, at the end"]
-        ]
+    table["variant"] = table.algorithm.replace({"pqn": "the recipe", "PQN": "the recipe"})
+    table = table.assign(other=table.variant != "the recipe").sort_values(
+        ["task", "steps", "other"], ascending=[True, False, True]
     )
+    for name, column in (("in training", "training"), ("greedy", "evaluation")):
+        table[name] = [scored(row, column) for _, row in table.iterrows()]
+    table["game"], table["steps"] = table.task.str.removesuffix("-MinAtar"), table.steps.map(short)
+    return markdown(table[["game", "steps", "variant", "seeds", "in training", "greedy"]])
 
 
 def launches(_):
     """What benchmarks/gpu_launches.py counted."""
     table = pd.read_csv(RESULTS / "gpu_launches.csv", keep_default_na=False)
     table["launches"] = table.launches.map("{:,}".format)
-    table["graph"] = table.graph.map({True: "one", False: ""})
-    table["memory, GiB"] = [f"{(a + b) / 1024:.1f}" for a, b in zip(table.state_mib, table.temp_mib, strict=True)]
-    names = ["recipe", "seeds", "launches", "rollout", "minibatch", "rest", "graph", "memory, GiB"]
+    table["one graph"] = table.graph.map({True: "yes", False: "no"})
+    table["memory, MiB"] = table.state_mib + table.temp_mib
+    names = ["recipe", "seeds", "launches", "rollout", "minibatch", "rest", "one graph", "memory, MiB"]
     return markdown(table[table.changes == ""][names])
 
 
