@@ -20,9 +20,15 @@ from speed import hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
-TASKS = {  # task: (script, recipe, overrides)
+TASKS = {  # task, and what tells it from others: (script, recipe, overrides)
     "CartPole-v1": ("pqn_gymnax", "pqn_cartpole", []),
     "Acrobot-v1": ("pqn_gymnax", "pqn_acrobot", []),
+    "CartPole-v1, recurrent": ("pqn_rnn_gymnax", "pqn_rnn_cartpole", []),
+    "CartPolePositions-v1": ("pqn_rnn_gymnax", "pqn_rnn_cartpole_positions", []),
+    **{
+        f"MemoryChain-bsuite, {n}": ("pqn_rnn_gymnax", "pqn_rnn_memory_chain", [f"alg.ENV_KWARGS.memory_length={n}"])
+        for n in (10, 30, 100)
+    },
     **{f"{game}-MinAtar": ("pqn_minatar", "pqn", [f"alg.ENV_NAME={game}-MinAtar"]) for game in GAMES},
     "Pong-v5": ("pqn_atari_envpool", "pqn_atari", []),
     "Breakout-v5": ("pqn_atari_envpool", "pqn_atari", ["alg.ENV_NAME=Breakout-v5"]),
@@ -62,7 +68,8 @@ def train(task, fraction, seeds, root):
     """One task, trained or gone on with, below root; kept if it is the recipe in full."""
     script, recipe, overrides = TASKS[task]
     steps = fraction * float(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml").TOTAL_TIMESTEPS)
-    runs, commits = root / f"{script}_{task}_s0", root / f"{task}.commits"
+    root = root / task  # of its own
+    runs, commits = root / f"{script}_{task.split(',')[0]}_s0", root / "commits"
     folders = sorted(runs.glob("*/"))
     if folders and finished(folders[-1], steps):
         return print(f"{task}: has been trained, {folders[-1]}")
@@ -81,7 +88,9 @@ def keep(folder, commit):
     """A run as evidence, in results/<script>_<task>_s<SEED>/."""
     saved = OmegaConf.load(folder / "config.yaml")
     about = saved.about
-    kept = ROOT / "results" / f"{about.script}_{about.task}_s{saved.SEED}"
+    length = saved.alg.ENV_KWARGS.get("memory_length")  # of MemoryChain: a task each
+    task = f"{about.task}_{length}" if length else about.task
+    kept = ROOT / "results" / f"{about.script}_{task}_s{saved.SEED}"
     kept.mkdir(parents=True, exist_ok=True)
     command = about.commands[0][about.commands[0].index(about.script) :].split()
     about.commands = " ".join(["python", *(word for word in command if not word.startswith("SAVE_PATH="))])

@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {  # recipe: (script, updates in one timing on a CPU)
     "pqn_cartpole": ("pqn_gymnax", 12),
     "pqn_acrobot": ("pqn_gymnax", 12),
+    "pqn_rnn_cartpole": ("pqn_rnn_gymnax", 2),
+    "pqn_rnn_memory_chain": ("pqn_rnn_gymnax", 1),
     "pqn": ("pqn_minatar", 8),
     "pqn_atari": ("pqn_atari_envpool", 1),
     "pqn_craftax_classic_rnn": ("pqn_craftax_rnn", 1),

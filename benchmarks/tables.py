@@ -81,7 +81,10 @@ def scores(script):
     for _, row in table[(table.script == script) | (script is None)].iterrows():
         near = [other for other in anchors.itertuples() if other.task == row.task]
         near = [other for other in near if not other.steps or abs(float(other.steps) / row.steps - 1) < 0.05]
-        rows.append({"task": named(row.task), "steps": short(row.steps), "seeds": row.seeds})
+        varied = row.algorithm.partition(", ")[2].replace("ENV_KWARGS.", "")
+        memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""
+        task = ", ".join(filter(None, [named(row.task), memory, varied]))
+        rows.append({"task": task, "steps": short(row.steps), "seeds": row.seeds})
         for name, column in (("in training", "training"), ("greedy", "evaluation")):
             others = [f"{other.who} {getattr(other, column)}" for other in near if getattr(other, column)]
             rows[-1] |= {name: scored(row, column), f"others, {name}": ", ".join(others)}
