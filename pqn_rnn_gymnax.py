@@ -316,11 +316,9 @@ def make_pqn(config):
 
     def targets(steps, value):
         """Targets from the training pass's values, all [T, N]. Where the mask is false, G_t = V(s_t)."""
-        goes_on = steps.mask & ~steps.done
-        next_value, trace = jnp.where(steps.mask, jnp.roll(value, -1, 0), value), config.LAMBDA * goes_on
-        reward = jnp.where(steps.mask, config.REW_SCALE * steps.reward, 0.0)
-        discount = jnp.where(steps.mask, config.GAMMA * goes_on, 1.0)
-        return q_lambda_targets(reward, discount, next_value, trace)
+        goes_on, next_value = steps.mask & ~steps.done, jnp.where(steps.mask, jnp.roll(value, -1, 0), value)
+        reward, discount = config.REW_SCALE * steps.reward, jnp.where(steps.mask, config.GAMMA * goes_on, 1.0)
+        return q_lambda_targets(reward * steps.mask, discount, next_value, config.LAMBDA * goes_on)
 
     def learn(carry, minibatch, unravel):
         """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
@@ -359,9 +357,8 @@ def make_pqn(config):
         carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
         envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
-        carry, losses = jax.lax.scan(
-            lambda carry, x: learn(carry, take_sequences(hidden, parts, x), unravel), carry, envs
-        )
+        take = partial(take_sequences, hidden, parts)
+        carry, losses = jax.lax.scan(lambda carry, envs: learn(carry, take(envs), unravel), carry, envs)
         variables, opt_state = unravel(carry)
         state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
