@@ -317,10 +317,10 @@ def make_pqn(config):
     def targets(steps, value):
         """Targets from the training pass's values, all [T, N]. Where the mask is false, G_t = V(s_t)."""
         goes_on = steps.mask & ~steps.done
-        next_value, trace = jnp.where(steps.mask, jnp.roll(value, -1, 0), value), config.LAMBDA * goes_on
-        reward = jnp.where(steps.mask, config.REW_SCALE * steps.reward, 0.0)
+        next_value = jnp.where(steps.mask, jnp.roll(value, -1, 0), value)
+        reward = config.REW_SCALE * steps.reward * steps.mask
         discount = jnp.where(steps.mask, config.GAMMA * goes_on, 1.0)
-        return q_lambda_targets(reward, discount, next_value, trace)
+        return q_lambda_targets(reward, discount, next_value, config.LAMBDA * goes_on)
 
     def learn(carry, minibatch, unravel):
         """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
