@@ -76,3 +76,10 @@ def test_the_readme_is_short():
     """Under 130 lines of at most 120 columns; a table's rows may be wider."""
     lines = PAGES[0].read_text().splitlines()
     assert len(lines) < 130 and all(len(line) <= 120 for line in lines if not line.startswith("|"))
+
+
+def test_the_sweep_as_one_program_runs(capsys):
+    """The program in tools.md, shorter: a line for each of its six combinations."""
+    (program,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/tools.md").read_text(), re.M | re.S)
+    exec(program.replace("TOTAL_TIMESTEPS=1e5", "TOTAL_TIMESTEPS=4096, NUM_ENVS=4, HIDDEN_SIZE=8"), {})
+    assert capsys.readouterr().out.count("LR=") == 6
