@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import statistics
@@ -71,12 +72,15 @@ def matrix_rate():
 
 
 def hardware():
-    """The devices in words; of a CPU its model, where the system tells."""
+    """The devices in words; of a CPU its model, where the system tells, its cores, and what JAX makes of them."""
     import jax
 
     kind, info = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
     models = info.read_text().split("model name\t: ")[1:] if kind == "cpu" and info.exists() else []
-    return f"{jax.local_device_count()} x {models[0].splitlines()[0] if models else kind}"
+    if kind != "cpu":
+        return f"{jax.local_device_count()} x {kind}"
+    model = models[0].splitlines()[0] if models else "CPU"
+    return f"{model}, {os.cpu_count()} cores as {jax.local_device_count()} JAX device(s)"
 
 
 def of_commit(script, revision):

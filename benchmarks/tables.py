@@ -46,8 +46,14 @@ def draw():
     runs = [{"machine": "", **run, **run.get("about", {}), "name": run["alg"]["ALG_NAME"]} for run in runs]
     join = lambda values: " and ".join(dict.fromkeys(filter(None, values)))  # noqa: E731
     facts = pd.DataFrame(runs).groupby(["task", "name"])[["script", "commit", "machine"]].agg(join).reset_index()
-    table = table.merge(facts, on=["task", "name"]).drop(columns="name").sort_values(["script", "task"])
+    table = table.merge(facts, on=["task", "name"]).drop(columns="name").sort_values(["script", "task"], key=place)
     table.to_csv(RESULTS / "scores.csv", index=False, float_format="%.6g")
+
+
+def place(column):
+    """What scripts are sorted by: their place in the README. Of other columns, themselves."""
+    readme = (ROOT / "README.md").read_text()
+    return column.map(lambda script: readme.find(f"{script}.py")) if column.name == "script" else column
 
 
 def markdown(table):
@@ -97,7 +103,7 @@ def speed(script):
     table = pd.concat([pd.read_csv(path, keep_default_na=False) for path in RESULTS.glob("speed_*.csv")])
     table = table[(table.script == script) | (script is None)].sort_values("date", kind="stable")
     table = table.drop_duplicates(["recipe", "NUM_SEEDS", "changes"], keep="last").sort_values(
-        ["script", "recipe", "NUM_SEEDS"]
+        ["script", "recipe", "NUM_SEEDS"], key=place
     )
     if table.empty:
         return markdown(table)
