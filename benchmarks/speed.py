@@ -5,7 +5,7 @@
     python benchmarks/speed.py --recipes pqn_vdn_mpe --against HEAD~1      # that commit's script, of the same contract
     python benchmarks/speed.py --recipes pqn_vdn_smax alg.NUM_STEPS=16 alg.MAP_NAME=3m
 
-Evaluations are off. A row of results/speed_<device>.csv (and .md) for each recipe, number of seeds and overrides, which replaces the one
+Evaluations are off. A row of results/speed_<device>.csv for each recipe, number of seeds and overrides, which replaces the one
 before: compile_s, the program's start and compilation; steps_per_s, of all seeds together, the median over the turns; share, the arithmetic of
 an update's matrix products over what a 2048^3 product reaches here; ratio, the median over the turns of ours to the other's speed; peak_gib, the
 memory of the process (CPU, the compiler's included) or of the device. Several CPU devices: JAX_NUM_CPU_DEVICES=2. On a GPU: --updates 100.
@@ -80,7 +80,8 @@ def hardware():
     if kind != "cpu":
         return f"{jax.local_device_count()} x {kind}"
     model = models[0].splitlines()[0] if models else "CPU"
-    return f"{model}, {os.cpu_count()} cores as {jax.local_device_count()} JAX device(s)"
+    devices = f", {jax.local_device_count()} devices" if jax.local_device_count() > 1 else ""
+    return f"{model}, {os.cpu_count()} cores{devices}"
 
 
 def of_commit(script, revision):
@@ -167,7 +168,7 @@ def measure(recipe, seeds, updates, turns, against, changes):
 
 
 def write(row):
-    """Merge a row into the results of its device: a CSV and its table."""
+    """Merge a row into the table of its device."""
     import pandas as pd
 
     device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower())
@@ -175,11 +176,7 @@ def write(row):
     table = pd.concat([pd.read_csv(path, keep_default_na=False), new]) if path.exists() else new
     table = table.drop_duplicates(KEY, keep="last").sort_values(["script", *KEY])
     table.to_csv(path, index=False)
-    shown = table[[*KEY, "compile_s", "steps_per_s", "share", "against", "ratio", "peak_gib", "commit"]]
-    lines = [shown.columns, ["---"] * shown.shape[1], *shown.itertuples(index=False)]
-    about = f"{row['device']}, jax {row['jax']}; {row['date']}; columns: see benchmarks/speed.py\n\n"
-    path.with_suffix(".md").write_text(about + "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines))
-    print(f"Wrote {path} and {path.with_suffix('.md')}")
+    print(f"Wrote {path}")
 
 
 def main():

@@ -119,7 +119,7 @@ def test_ctrl_c_while_compiling_leaves_no_folder(command, tmp_path):
     process = command("pqn_gymnax", *tiny_arguments(HIDDEN_SIZE=19))  # compiled nowhere else
     wait_for(lambda: "Compiling" in process.out, process)
     process.send_signal(signal.SIGINT)
-    assert process.code == 128 + signal.SIGINT and "Traceback" not in process.err
+    assert process.code == 128 + signal.SIGINT and "Traceback" not in process.err, process.out + process.err
     assert not list(tmp_path.glob("runs/*"))
 
 
