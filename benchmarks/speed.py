@@ -173,8 +173,8 @@ def write(row):
 
     device = re.sub(r"[^a-z0-9]+", "_", row["device"].lower())
     path, new = ROOT / f"results/speed_{device}.csv", pd.DataFrame([row])
-    table = pd.concat([pd.read_csv(path, keep_default_na=False), new]) if path.exists() else new
-    table = table.drop_duplicates(KEY, keep="last").sort_values(["script", *KEY])
+    before = [pd.read_csv(path, keep_default_na=False, dtype={"commit": str})] if path.exists() else []
+    table = pd.concat([*before, new]).drop_duplicates(KEY, keep="last").sort_values(["script", *KEY])
     table.to_csv(path, index=False)
     print(f"Wrote {path}")
 

@@ -82,7 +82,7 @@ def scored(row, name):
 
 def scores(script):
     """Scores of one script or of all, beside what others published for as many steps."""
-    table, rows = pd.read_csv(RESULTS / "scores.csv"), []
+    table, rows = pd.read_csv(RESULTS / "scores.csv", dtype={"commit": str}), []
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
     for _, row in table[(table.script == script) | (script is None)].iterrows():
         near = [other for other in anchors.itertuples() if other.task == row.task]
@@ -100,7 +100,9 @@ def scores(script):
 
 def speed(script):
     """The newest speeds of one script's recipes or of all, with machine and commit below."""
-    table = pd.concat([pd.read_csv(path, keep_default_na=False) for path in RESULTS.glob("speed_*.csv")])
+    table = pd.concat(
+        [pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) for path in RESULTS.glob("speed_*.csv")]
+    )
     table = table[(table.script == script) | (script is None)].sort_values("date", kind="stable")
     table = table.drop_duplicates(["recipe", "NUM_SEEDS", "changes"], keep="last").sort_values(
         ["script", "recipe", "NUM_SEEDS"], key=place
@@ -113,9 +115,8 @@ def speed(script):
     shown = table.rename(columns={"NUM_SEEDS": "seeds", "compile_s": "compile time, s"})
     names = ["recipe", "seeds", "changes", "steps a second", "times the plain PQN", "share of peak", "compile time, s"]
     shown = shown[names].loc[:, (shown[names] != "").any()]
-    about = zip(table.device, table.jax, table.commit, strict=True)
-    about = dict.fromkeys(f"{device}, jax {jax}, commit {commit}" for device, jax, commit in about)
-    return f"{markdown(shown)}\n{'; '.join(about)}. Evaluations are off.\n"
+    about = (" and ".join(dict.fromkeys(table[name])) for name in ("device", "jax", "commit"))
+    return "{}\n{}; jax {}, commit {}. Evaluations are off.\n".format(markdown(shown), *about)
 
 
 def ablation(folders):
