@@ -97,9 +97,11 @@ import json, sys, tempfile
 from importlib import import_module
 
 script, alg, seeds = json.loads(sys.argv[1])
+sys.path.insert(0, ".")
 pqn = import_module(script)
 config = pqn.Config(**alg | {"TEST_DURING_TRAINING": False, "TEST_NUM_ENVS": 1, "TEST_NUM_STEPS": 1})
-table = pqn.run(config, NUM_SEEDS=seeds, SAVE_PATH=tempfile.mkdtemp(), COMPILATION_CACHE=None)["metrics"]
+settings = {"SAVE_PATH": tempfile.mkdtemp(), "COMPILATION_CACHE": None, "CHECKPOINT_INTERVAL": config.NUM_UPDATES}
+table = pqn.run(config, NUM_SEEDS=seeds, **settings)["metrics"]
 late = table[table.env_step > 0.9 * table.env_step.max()]
 print(json.dumps([float(table.time.max()), float(late.returned_episode_returns.mean())]))
 """
