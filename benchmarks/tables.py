@@ -84,7 +84,8 @@ def scores(script):
     """Scores of one script or of all, beside what others published for as many steps."""
     table, rows = pd.read_csv(RESULTS / "scores.csv", dtype={"commit": str}), []
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
-    for _, row in table[(table.script == script) | (script is None)].iterrows():
+    table = table[table.script == script] if script else table.drop_duplicates(["script", "task"])  # its page has all
+    for _, row in table.iterrows():
         near = [other for other in anchors.itertuples() if other.task == row.task]
         near = [other for other in near if not other.steps or abs(float(other.steps) / row.steps - 1) < 0.05]
         varied = row.algorithm.partition(", ")[2].replace("ENV_KWARGS.", "")
