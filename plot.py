@@ -28,6 +28,7 @@ LINE, SEED = ["task", "algorithm"], ["task", "algorithm", "run", "seed"]  # colu
 
 
 def leave_out(what, reason):
+    """Say that something is not drawn, and why."""
     print(f"Left out {what}: {reason}", file=sys.stderr)
 
 

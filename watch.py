@@ -275,6 +275,7 @@ def kind_of(config):
 
 
 def read_arguments():
+    """The command line; a mistake in it ends with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run's folder")
     parser.add_argument("--episodes", type=int, default=10)

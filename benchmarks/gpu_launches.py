@@ -5,7 +5,8 @@
 
 Small networks are bound by launches on a GPU: fewer, larger kernels are faster. A row of results/gpu_launches.csv for each recipe,
 number of seeds and overrides, which replaces the one before. launches: of an update without an evaluation, all seeds vmapped; rollout and
-minibatch: of the first loop and of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: all others; convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
+minibatch: of the first loop and of the last, turns x launches of a turn (of two steps where the loop is unrolled); rest: all others;
+convolutions: vmapped `nn.Conv` makes some in groups, which CUDA graphs cannot hold; graph: whether the update is one CUDA graph with
 XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE; compile_s: on this machine; state_mib, temp_mib: memory by XLA's analysis. Emulators are
 left out of Atari's. It measures no time, and on a real GPU autotuning may choose other matrix products.
 """

@@ -9,8 +9,7 @@
 
 Nothing of theirs is in this repository: a script is read from the checkout, and uv makes its environment. Evaluations are off on both sides. A row of
 results/peers.csv for each task: steps_per_s, of all seeds together, compilation left out, the median over the turns; ratio, ours to theirs,
-the median of the turns' ratios; return,
-in training over the last tenth of a turn. --steps: of one seed in a turn.
+the median of the turns' ratios; return, in training over the last tenth of a turn. --steps: of one seed in a turn.
 """
 
 import argparse
@@ -121,15 +120,8 @@ def call(command, code, arguments, folder):
 def theirs(task, checkout, steps, seeds):
     """(seconds, return) of a peer's run, the first without compilation."""
     packages, path, recipe, changes = TASKS[task][0]
-    command = [
-        "uv",
-        "run",
-        "--no-project",
-        "--python",
-        "3.11",
-        *(f"--with={name}" for name in packages.split()),
-        "python",
-    ]
+    uv = "uv run --no-project --python 3.11".split()
+    command = [*uv, *(f"--with={name}" for name in packages.split()), "python"]
     if recipe:
         changes = changes | {"TOTAL_TIMESTEPS": steps, "TOTAL_TIMESTEPS_DECAY": steps}
         return call(command, THEIRS, [path, recipe, changes, seeds], checkout)
@@ -149,11 +141,8 @@ def theirs(task, checkout, steps, seeds):
 def ours(task, steps, seeds):
     """The same of our script."""
     script, recipe, changes = TASKS[task][1]
-    alg = (
-        OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml"))
-        | changes
-        | {"TOTAL_TIMESTEPS": steps}
-    )
+    alg = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml"))
+    alg |= changes | {"TOTAL_TIMESTEPS": steps}
     return call([sys.executable], OURS, [script, alg, seeds], ROOT)
 
 

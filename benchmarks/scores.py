@@ -68,7 +68,7 @@ def train(task, fraction, seeds, root):
     """One task, trained or gone on with, below root; kept if it is the recipe in full."""
     script, recipe, overrides = TASKS[task]
     steps = fraction * float(OmegaConf.load(ROOT / f"configs/alg/{recipe}.yaml").TOTAL_TIMESTEPS)
-    root = root / task  # of its own
+    root = root / task.replace(", ", "_")  # of its own
     runs, commits = root / f"{script}_{task.split(',')[0]}_s0", root / "commits"
     folders = sorted(runs.glob("*/"))
     if folders and finished(folders[-1], steps):

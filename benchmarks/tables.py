@@ -20,8 +20,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation|launches)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
-
-
+# A task, and its name in the words of the field.
 NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, won", "MPE_(.*)_v3": r"MPE \1"}
 NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1", "(.*)-v1": r"\1"}
 

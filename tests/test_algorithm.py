@@ -38,7 +38,7 @@ def oracle(reward, terminated, truncated, next_value, gamma, lam):
 @pytest.mark.parametrize("lam", [0.0, 0.65, 1.0])
 def test_targets_equal_the_definition(lam):
     rng = np.random.default_rng(0)
-    for steps in [17] * 15 + [70] * 3:  # the loop over steps is unrolled in blocks of 32
+    for steps in [17] * 15 + [70] * 3:  # the loop over steps is unrolled in blocks of 16
         reward, next_value = rng.normal(size=(2, steps, 6))
         terminated, truncated = rng.random((2, steps, 6)) < 0.15
         discount, trace = 0.97 * (1.0 - terminated), lam * (1.0 - (terminated | truncated))
