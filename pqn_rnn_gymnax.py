@@ -127,12 +127,10 @@ class CartPolePositions(gymnax.environments.CartPole):
         return gymnax.environments.spaces.Box(-high, high, (2,))
 
 
-if "CartPolePositions-v1" not in gymnax.registered_envs:  # a second import, or the cell run again
-    gymnax.registration.register("CartPolePositions-v1", CartPolePositions)
-
-
 def make_env(config):
     """The environment of a Config and its parameters; each of ENV_KWARGS goes to the one of the two that has it."""
+    if "CartPolePositions-v1" not in gymnax.registered_envs:  # here, as a launcher's process runs functions only
+        gymnax.registration.register("CartPolePositions-v1", CartPolePositions)
     name, kwargs, key = config.ENV_NAME, dict(config.ENV_KWARGS), jax.random.key(0)
     if name not in gymnax.registered_envs:
         raise ValueError(f"ENV_NAME={name} is not registered with gymnax, as are {', '.join(gymnax.registered_envs)}")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation|launches)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 # A task, and its name in the words of the field.
-NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, won", "MPE_(.*)_v3": r"MPE \1"}
+NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, % won", "MPE_(.*)_v3": r"MPE \1"}
 NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1", "(.*)-v1": r"\1"}
 
 
@@ -85,10 +85,10 @@ def scores(script):
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
     table = table[table.script == script] if script else table.drop_duplicates(["script", "task"])  # its page has all
     for _, row in table.iterrows():
-        near = [other for other in anchors.itertuples() if other.task == row.task]
+        memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""  # the anchors' agents have none
+        near = [other for other in anchors.itertuples() if other.task == row.task and not memory]
         near = [other for other in near if not other.steps or abs(float(other.steps) / row.steps - 1) < 0.05]
         varied = row.algorithm.partition(", ")[2].replace("ENV_KWARGS.", "")
-        memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""
         task = ", ".join(filter(None, [named(row.task), memory, varied]))
         rows.append({"task": task, "steps": short(row.steps), "seeds": row.seeds})
         for name, column in (("in training", "training"), ("greedy", "evaluation")):
@@ -115,6 +115,7 @@ def speed(script):
     shown = table.rename(columns={"NUM_SEEDS": "seeds", "compile_s": "compile time, s"})
     names = ["recipe", "seeds", "changes", "steps a second", "times the plain PQN", "share of peak", "compile time, s"]
     shown = shown[names].loc[:, (shown[names] != "").any()]
+    table["device"] = table.device.str.replace(r", \d devices", "", regex=True)  # the text above the table tells
     about = (" and ".join(dict.fromkeys(table[name])) for name in ("device", "jax", "commit"))
     return "{}\n{}; jax {}, commit {}. Evaluations are off.\n".format(markdown(shown), *about)
 

@@ -239,7 +239,8 @@ def test_discrete_action_environments_train(name):
 
 def test_cartpole_positions_is_cartpole_without_velocities():
     key = jax.random.key(3)
-    (env, params), (whole, _) = gymnax.make("CartPolePositions-v1"), gymnax.make("CartPole-v1")
+    env, params = pqn.make_env(pqn.Config(ENV_NAME="CartPolePositions-v1"))
+    whole, _ = gymnax.make("CartPole-v1")
     assert env.observation_space(params).shape == (2,) and params.max_steps_in_episode == 500
     np.testing.assert_array_equal(env.observation_space(params).high, whole.observation_space(params).high[::2])
     (obs, state), (all_obs, _) = env.reset(key, params), whole.reset(key, params)

@@ -227,12 +227,13 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
 )
 def test_launchers_and_sweepers(override, command, tmp_path, monkeypatch, capsys):
     """And plot.py on the two runs that come of it."""
-    job = command("pqn_gymnax", "-m", *override.split(), *tiny_arguments(), "SAVE_PATH=sweep")
+    recipe = ["+alg=pqn_rnn_cartpole_positions", "alg.MEMORY_WINDOW=0"]  # the script registers its environment
+    job = command("pqn_rnn_gymnax", "-m", *override.split(), *recipe, *tiny_arguments(), "SAVE_PATH=sweep")
     assert job.code == 0, job.err
     assert len(list(tmp_path.glob("sweep/*/*/params.safetensors"))) == 2
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "sweep"), f"--out={tmp_path}"])
     plot.main()
-    assert "CartPole-v1" in capsys.readouterr().out and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "CartPolePositions-v1" in capsys.readouterr().out and (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_slurm_launcher_is_configured(command):
