@@ -97,6 +97,8 @@ class Config:
             raise ValueError(f"NUM_MINIBATCHES={self.NUM_MINIBATCHES} must divide NUM_ENVS={self.NUM_ENVS}")
         if self.MEMORY_WINDOW > self.NUM_STEPS:
             raise ValueError(f"MEMORY_WINDOW={self.MEMORY_WINDOW} must be at most NUM_STEPS={self.NUM_STEPS}")
+        if "CartPolePositions-v1" not in gymnax.registered_envs:  # here: a launcher's process runs functions only
+            gymnax.registration.register("CartPolePositions-v1", CartPolePositions)
         make_env(self)
 
 
@@ -129,8 +131,6 @@ class CartPolePositions(gymnax.environments.CartPole):
 
 def make_env(config):
     """The environment of a Config and its parameters; each of ENV_KWARGS goes to the one of the two that has it."""
-    if "CartPolePositions-v1" not in gymnax.registered_envs:  # here, as a launcher's process runs functions only
-        gymnax.registration.register("CartPolePositions-v1", CartPolePositions)
     name, kwargs, key = config.ENV_NAME, dict(config.ENV_KWARGS), jax.random.key(0)
     if name not in gymnax.registered_envs:
         raise ValueError(f"ENV_NAME={name} is not registered with gymnax, as are {', '.join(gymnax.registered_envs)}")
