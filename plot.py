@@ -11,6 +11,7 @@ python plot.py runs/lr --out runs/lr --x time       # a sweep (SAVE_PATH=runs/lr
 import argparse
 import re
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -148,8 +149,10 @@ def draw(points, rows, x, metric):
     tasks, labels = rows.task.unique(), rows.algorithm.unique()
     columns = min(3 if len(tasks) < 10 else 5, len(tasks))
     height = -(-len(tasks) // columns)
-    colours = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels))
-    options = {"palette": dict(zip(labels, colours, strict=True)), "estimator": iqm, "errorbar": interval}
+    colours = sns.color_palette("colorblind")
+    colours.pop(7)  # grey, as published scores are; the other nine again and again
+    palette = {label: colours[i % 9] for i, label in enumerate(labels)}
+    options = {"palette": palette, "estimator": iqm, "errorbar": interval}
     figure = Figure(figsize=(1 + 5 * columns, 0.6 + 4 * height), layout="constrained")
     for i, task in enumerate(tasks, 1):
         with sns.axes_style("whitegrid"):
@@ -159,7 +162,8 @@ def draw(points, rows, x, metric):
         draw_published(panel, task, metric)
         panel.set(xlabel=AXES[x], ylabel=metric.replace("test/", "evaluation: ").replace("_", " "))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.legend(fontsize="small")
+        for text in panel.legend(fontsize="small").get_texts():
+            text.set_text(textwrap.fill(text.get_text(), 40))
     figure.suptitle(CAPTION, fontsize="medium")
     return figure
 

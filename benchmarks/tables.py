@@ -83,7 +83,8 @@ def scores(script):
     """Scores of one script or of all, beside what others published for as many steps."""
     table, rows = pd.read_csv(RESULTS / "scores.csv", dtype={"commit": str}), []
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
-    table = table[table.script == script] if script else table.drop_duplicates(["script", "task"])  # its page has all
+    table["kwargs"] = table.algorithm.str.extract("(ENV_KWARGS.*)")  # tasks of one name
+    table = table[table.script == script] if script else table.drop_duplicates(["script", "task", "kwargs"])  # the best
     for _, row in table.iterrows():
         memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""  # the anchors' agents have none
         near = [other for other in anchors.itertuples() if other.task == row.task and not memory]
