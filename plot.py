@@ -38,9 +38,9 @@ def read_run(folder):
     try:
         saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
         alg = pd.json_normalize(saved["alg"]).iloc[0].map(str).to_dict()
-        task = saved.get("about", saved).get("task", alg["ENV_NAME"])  # the environment, with map or layout
-        table = pd.read_csv(folder / "metrics.csv").assign(task=task)
-        run = {"folder": folder, "task": task, "alg": alg, "SEED": saved["SEED"], "table": table}
+        name = saved.get("about", saved).get("task", alg["ENV_NAME"])  # the environment, with map or layout
+        table = pd.read_csv(folder / "metrics.csv")
+        run = {"folder": folder, "environment": name, "alg": alg, "SEED": saved["SEED"], "table": table}
         return run | {"steps": int(table.env_step.max()), "seeds": table.seed.nunique()}
     except FileNotFoundError as error:
         leave_out(folder, f"no {Path(error.filename).name} yet")
@@ -48,15 +48,25 @@ def read_run(folder):
         leave_out(folder, f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
 
 
+def varied(runs):
+    """The hyper-parameters in which runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run["alg"])
+    return [key for key in keys if len({run["alg"][key] for run in runs if key in run["alg"]}) > 1]
+
+
 def read_runs(paths):
     """The runs at or below each path, below it in the order of the alphabet; each with the name of its line."""
     folders = dict.fromkeys(file.parent for path in paths for file in sorted(Path(path).rglob("config.yaml")))
     runs = [run for folder in folders if "wandb" not in folder.parts and (run := read_run(folder))]
+    for run in runs:  # an environment with other arguments is another task
+        keys = varied([other for other in runs if other["environment"] == run["environment"]])
+        kwargs = [key for key in keys if key.startswith("ENV_KWARGS.") and key in run["alg"]]
+        run["task"] = ", ".join([run["environment"], *(f"{key[11:]}={run['alg'][key]}" for key in kwargs)])
     for run in runs:
-        same = [other["alg"] for other in runs if other["task"] == run["task"]]
-        same = [alg for alg in same if alg["ALG_NAME"] == run["alg"]["ALG_NAME"]]
-        varied = [key for key in run["alg"] if len({alg[key] for alg in same if key in alg}) > 1]
-        run["algorithm"] = ", ".join([run["alg"]["ALG_NAME"], *(f"{key}={run['alg'][key]}" for key in varied)])
+        same = [other for other in runs if other["task"] == run["task"]]
+        keys = varied([other for other in same if other["alg"]["ALG_NAME"] == run["alg"]["ALG_NAME"]])
+        keys = [key for key in keys if key in run["alg"]]
+        run["algorithm"] = ", ".join([run["alg"]["ALG_NAME"], *(f"{key}={run['alg'][key]}" for key in keys)])
     return runs
 
 
@@ -72,7 +82,7 @@ def pool(runs):
         elif kept.setdefault((*line, run["SEED"]), run) is not run:
             leave_out(run["folder"], "another run has the same SEED and settings, and as many seeds or more")
     folders = {run["folder"] for run in kept.values()}
-    tables = [run["table"].assign(algorithm=run["algorithm"], run=str(run["folder"])) for run in runs]
+    tables = [run["table"].assign(**{name: run[name] for name in LINE}, run=str(run["folder"])) for run in runs]
     return pd.concat([table for table, run in zip(tables, runs, strict=True) if run["folder"] in folders])
 
 
@@ -137,7 +147,11 @@ def draw_published(panel, task, metric):
         "evaluation" if "test/" in metric else "training",
     )
     anchors = pd.read_csv(path, dtype=str).dropna(subset=[column]) if path.exists() else pd.DataFrame()
-    anchors = [row for _, row in anchors.iterrows() if (row.task, row.metric) == (task, metric.removeprefix("test/"))]
+    anchors = [
+        row
+        for _, row in anchors.iterrows()
+        if (row.task, row.metric) == (task.split(", ")[0], metric.removeprefix("test/"))
+    ]
     for i, row in enumerate(anchors):
         value = np.mean([float(number) for number in re.findall(r"-?[\d.]+", row[column])])
         label = row.who + (f", {row.steps} steps" if row.steps == row.steps else "")

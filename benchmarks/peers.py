@@ -50,7 +50,7 @@ TASKS = {  # task: (their packages, script, recipe, changes of it), (our script,
     "memory_chain": (
         (PUREJAXQL, "purejaxql/pqn_rnn_gymnax.py", "purejaxql/config/alg/pqn_rnn_memory_chain.yaml", {}),
         ("pqn_rnn_gymnax", "pqn_rnn_memory_chain", {}),
-        1,
+        5,
         1e5,
     ),
     "smax": (

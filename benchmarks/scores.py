@@ -12,6 +12,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -51,9 +52,10 @@ KEPT += ["test/percent_of_maximum", "test/human_normalized_score", "test/unfinis
 
 
 def git_commit():
-    """The working tree's commit; with -dirty where it was changed."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The working tree's commit; with -dirty where more than results/ was changed."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", ":!results"]).stdout
+    return git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() + ("-dirty" if changed else "")
 
 
 def finished(folder, steps):

@@ -1,5 +1,5 @@
 """Make the tables of README.md and the pages from results/: what stands between <!-- scores -->, <!-- speed -->,
-<!-- ablation --> or <!-- launches --> and <!-- end -->.
+<!-- ablation -->, <!-- launches --> or <!-- peers --> and <!-- end -->.
 
     python benchmarks/tables.py
 
@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-BLOCK = re.compile(r"(?<=<!-- )(scores|speed|ablation|launches)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?<=<!-- )(scores|speed|ablation|launches|peers)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL
+)
 # A task, and its name in the words of the field.
 NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, % won", "MPE_(.*)_v3": r"MPE \1"}
 NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1", "(.*)-v1": r"\1"}
@@ -38,15 +40,20 @@ def draw():
     table = pd.read_csv(RESULTS / "scores.csv")
     numbers = [name for name in table if name.startswith(("training", "evaluation"))]
     won[numbers] *= 100
-    table = pd.concat([table[~table.task.isin(won.task)], won]).assign(
-        name=lambda rows: rows.algorithm.str.split(",").str[0]
-    )
+    table = pd.concat([table[~table.task.isin(won.task)], won], ignore_index=True)
     runs = [OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) for folder in folders]
-    runs = [{"machine": "", **run, **run.get("about", {}), "name": run["alg"]["ALG_NAME"]} for run in runs]
-    join = lambda values: " and ".join(dict.fromkeys(filter(None, values)))  # noqa: E731
-    facts = pd.DataFrame(runs).groupby(["task", "name"])[["script", "commit", "machine"]].agg(join).reset_index()
-    table = table.merge(facts, on=["task", "name"]).drop(columns="name").sort_values(["script", "task"], key=place)
+    table = table.join(table.apply(made_by, axis=1, runs=runs)).sort_values(["script", "task"], key=place)
     table.to_csv(RESULTS / "scores.csv", index=False, float_format="%.6g")
+
+
+def made_by(row, runs):
+    """Script, commits and machines of the runs in a row of scores.csv."""
+    (task, *kwargs), name = row.task.split(", "), row.algorithm.split(", ")[0]
+    runs = [run | run.get("about", {}) for run in runs if run["alg"]["ALG_NAME"] == name]
+    runs = [run for run in runs if run["task"] == task]
+    runs = [run for run in runs if {*kwargs} <= {f"{key}={value}" for key, value in run["alg"]["ENV_KWARGS"].items()}]
+    names = ("script", "commit", "machine")
+    return pd.Series({key: " and ".join(dict.fromkeys(filter(None, (run.get(key) for run in runs)))) for key in names})
 
 
 def place(column):
@@ -83,8 +90,7 @@ def scores(script):
     """Scores of one script or of all, beside what others published for as many steps."""
     table, rows = pd.read_csv(RESULTS / "scores.csv", dtype={"commit": str}), []
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
-    table["kwargs"] = table.algorithm.str.extract("(ENV_KWARGS.*)")  # tasks of one name
-    table = table[table.script == script] if script else table.drop_duplicates(["script", "task", "kwargs"])  # the best
+    table = table[table.script == script] if script else table.drop_duplicates(["script", "task"])  # the best
     for _, row in table.iterrows():
         memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""  # the anchors' agents have none
         near = [other for other in anchors.itertuples() if other.task == row.task and not memory]
@@ -144,9 +150,30 @@ def launches(_):
     return markdown(table[table.changes == ""][names])
 
 
+def peers(_):
+    """What benchmarks/peers.py measured."""
+    table = pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str})
+    speeds = table[["steps_per_s", "their_steps_per_s"]].map("{:,}".format)
+    table[["ours, steps a second", "theirs"]] = speeds
+    table["times"], table["steps of a seed"] = table.ratio, table.steps.map(short)
+    table = table.rename(columns={"return": "our return", "their_return": "their return"})
+    names = [
+        "task",
+        "steps of a seed",
+        "seeds",
+        "ours, steps a second",
+        "theirs",
+        "times",
+        "our return",
+        "their return",
+    ]
+    about = (" and ".join(dict.fromkeys(table[name])) for name in ("machine", "commit", "date"))
+    return "{}\n{}; commit {}, {}.\n".format(markdown(table[[*names, "turns", "peer"]]), *about)
+
+
 def fill(text):
     """A page with its tables made anew."""
-    make = {"scores": scores, "speed": speed, "ablation": ablation, "launches": launches}
+    make = {"scores": scores, "speed": speed, "ablation": ablation, "launches": launches, "peers": peers}
     return BLOCK.sub(lambda m: f"{m[1]}{': ' + m[2] if m[2] else ''}{m[3]}\n{make[m[1]](m[2])}\n", text)
 
 

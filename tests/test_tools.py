@@ -217,6 +217,17 @@ def test_plot_pools_seeds_and_says_what_it_leaves_out(tmp_path, monkeypatch, cap
         plot.main()
 
 
+def test_plot_takes_an_environment_with_other_arguments_for_another_task(tmp_path, monkeypatch):
+    for size, lr in ((5, 1e-3), (5, 1e-4), (9, 1e-3)):
+        fake_run(tmp_path / f"runs/{size}_{lr}/1", 0, (size,), lr=lr, ENV_KWARGS={"size": size, "walls": 1})
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "runs"), f"--out={tmp_path}"])
+    plot.main()
+    with open(tmp_path / "scores.csv") as file:
+        lines = {(row["task"], row["algorithm"]) for row in csv.DictReader(file)}
+    small = {("CartPole-v1, size=5", "pqn, LR=0.001"), ("CartPole-v1, size=5", "pqn, LR=0.0001")}
+    assert lines == small | {("CartPole-v1, size=9", "pqn")}
+
+
 @pytest.mark.parametrize(
     "override",
     [
