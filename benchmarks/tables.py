@@ -157,18 +157,10 @@ def peers(_):
     table[["ours, steps a second", "theirs"]] = speeds
     table["times"], table["steps of a seed"] = table.ratio, table.steps.map(short)
     table = table.rename(columns={"return": "our return", "their_return": "their return"})
-    names = [
-        "task",
-        "steps of a seed",
-        "seeds",
-        "ours, steps a second",
-        "theirs",
-        "times",
-        "our return",
-        "their return",
-    ]
+    names = ["task", "steps of a seed", "seeds", "ours, steps a second", "theirs", "times"]
+    names += ["our return", "their return", "turns", "peer"]
     about = (" and ".join(dict.fromkeys(table[name])) for name in ("machine", "commit", "date"))
-    return "{}\n{}; commit {}, {}.\n".format(markdown(table[[*names, "turns", "peer"]]), *about)
+    return "{}\n{}; commit {}, {}.\n".format(markdown(table[names]), *about)
 
 
 def fill(text):
