@@ -9,7 +9,7 @@
 
 Nothing of theirs is in this repository: a script is read from the checkout, and uv makes its environment. Evaluations are off on both sides. A row of
 results/peers.csv for each task: steps_per_s, of all seeds together, compilation left out, the median over the turns; ratio, ours to theirs,
-the median of the turns' ratios; return, in training over the last tenth of a turn. --steps: of one seed in a turn.
+the median of the turns' ratios; return, in training over the last tenth of a turn. A row is of one task, number of seeds and --steps.
 """
 
 import argparse
@@ -34,10 +34,17 @@ CLEANRL = "torch==2.4.1 gymnasium==0.29.1 numpy==1.24.4 tensorboard==2.11.2 tyro
 QLEARNING = "baselines/QLearning"
 LAYOUT = {"ENV_KWARGS": {"layout": "cramped_room"}}
 MAP = {"MAP_NAME": "3m"}
+INVADERS = {"ENV_NAME": "SpaceInvaders-MinAtar"}
 TASKS = {  # task: (their packages, script, recipe, changes of it), (our script, recipe, changes), seeds, steps of a turn
     "minatar": (
         (PUREJAXQL, "purejaxql/pqn_minatar.py", "purejaxql/config/alg/pqn_minatar.yaml", {}),
         ("pqn_minatar", "pqn", {}),
+        3,
+        1e5,
+    ),
+    "minatar_space_invaders": (
+        (PUREJAXQL, "purejaxql/pqn_minatar.py", "purejaxql/config/alg/pqn_minatar.yaml", INVADERS),
+        ("pqn_minatar", "pqn", INVADERS),
         3,
         1e5,
     ),
@@ -150,7 +157,8 @@ def write(row):
     """Put a row into the table, in place of the one before."""
     path = ROOT / "results/peers.csv"
     table = pd.concat([pd.read_csv(path) if path.exists() else None, pd.DataFrame([row])])
-    table.drop_duplicates(["task", "machine"], keep="last").sort_values("task").to_csv(path, index=False)
+    key = ["task", "seeds", "steps", "machine"]
+    table.drop_duplicates(key, keep="last").sort_values(key).to_csv(path, index=False)
 
 
 def main():
@@ -158,13 +166,14 @@ def main():
     parser.add_argument("checkout", type=Path, help="the folder of the peer's repository")
     parser.add_argument("tasks", nargs="+", choices=TASKS)
     parser.add_argument("--steps", type=float, help="of one seed in a turn")
+    parser.add_argument("--seeds", type=int, help="in one program, on both sides")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     git = ["git", "-C", args.checkout, "log", "-1", "--format=%h of %cs"]
     revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     for task in args.tasks:
         _, _, seeds, steps = TASKS[task]
-        steps = int(args.steps or steps)
+        steps, seeds = int(args.steps or steps), args.seeds or seeds
         turns = [(theirs(task, args.checkout, steps, seeds), ours(task, steps, seeds)) for _ in range(args.turns)]
         row = {"task": task, "peer": revision, "seeds": seeds, "steps": steps, "turns": args.turns}
         row["steps_per_s"] = round(statistics.median(seeds * steps / mine[0] for _, mine in turns))
