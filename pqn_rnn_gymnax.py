@@ -6,7 +6,7 @@
 #   "matplotlib>=3.8", "scipy>=1.15", "tqdm>=4.66", "wandb>=0.19",
 # ]
 # ///
-"""PQN with an LSTM (Gallici et al., ICLR 2025, arXiv 2407.04811) on gymnax, in one file. Documentation: docs/pqn_rnn_gymnax.md
+"""PQN with a GRU (Gallici et al., ICLR 2025, arXiv 2407.04811) on gymnax, in one file. Documentation: docs/pqn_rnn_gymnax.md
 
 python pqn_rnn_gymnax.py +alg=pqn_rnn_cartpole_positions NUM_SEEDS=5            # CartPole without velocities
 python pqn_rnn_gymnax.py +alg=pqn_rnn_memory_chain alg.ENV_KWARGS.memory_length=30
@@ -76,9 +76,9 @@ class Config:
     GAMMA: Fraction = 0.99  # discount
     LAMBDA: Fraction = 0.95  # Q(lambda): 0 is one-step Q-learning, 1 is Monte Carlo
     REW_SCALE: float = 0.1  # scales the rewards learned from, never those reported
-    HIDDEN_SIZE: PositiveInt = 256  # units of each hidden layer, and of the LSTM
-    NUM_LAYERS: PositiveInt = 2  # hidden layers before the LSTM
-    NUM_RNN_LAYERS: Annotated[int, Field(ge=0)] = 1  # LSTM layers; 0: a feed-forward agent
+    HIDDEN_SIZE: PositiveInt = 256  # units of each hidden layer, and of the GRU
+    NUM_LAYERS: PositiveInt = 2  # hidden layers before the GRU
+    NUM_RNN_LAYERS: Annotated[int, Field(ge=0)] = 1  # GRU layers; 0: a feed-forward agent
     ADD_LAST_ACTION: bool = True  # what follows the hidden layers also sees the action before
     NORM_TYPE: Literal["layer_norm", "batch_norm", "none"] = "layer_norm"  # before the ReLU of each hidden layer
     NORM_INPUT: bool = False  # batch-normalise observations
@@ -150,17 +150,17 @@ def make_env(config):
     return env, params
 
 
-def lstm(state, gates, reset, recurrent_kernel):
-    """nn.OptimizedLSTMCell over time: state (c, h), each [N, H], and gates [T, N, 4 * H], the inputs' products of all steps,
-    taken at once -> the state after, h [T, N, H]. Where reset [T, N] is true, the state is zero before the step."""
+def gru(state, gates, reset, recurrent_kernel, bias):
+    """nn.GRUCell over time: state [N, H], and gates [T, N, 3 * H], the inputs' products of all steps, taken at once -> the
+    state after, h [T, N, H]. Where reset [T, N] is true, the state is zero before the step."""
 
-    def step(state, inputs):
+    def step(h, inputs):
         gates, reset = inputs
-        c, h = jax.tree.map(lambda s: jnp.where(reset[:, None], 0.0, s), state)
-        i, f, g, o = jnp.split(gates + h @ recurrent_kernel, 4, -1)
-        c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
-        h = nn.sigmoid(o) * jnp.tanh(c)
-        return (c, h), h
+        h = jnp.where(reset[:, None], 0.0, h)
+        (r, z, n), (hr, hz, hn) = jnp.split(gates, 3, -1), jnp.split(h @ recurrent_kernel, 3, -1)
+        r, z = nn.sigmoid(r + hr), nn.sigmoid(z + hz)
+        h = (1 - z) * jnp.tanh(n + r * (hn + bias)) + z * h
+        return h, h
 
     return jax.lax.scan(step, state, (gates, reset))
 
@@ -176,8 +176,8 @@ class QNetwork(nn.Module):
     def __call__(self, obs, reset, last_action, hidden, train=False):
         # Of vmapped seeds in turn: LAPACK's batched QR can wait for its own threads for ever.
         @jax.custom_batching.sequential_vmap
-        def recurrent(key):  # for each of the LSTM's four gates
-            return jnp.concatenate([nn.initializers.orthogonal()(k, (size, size)) for k in jax.random.split(key, 4)], 1)
+        def recurrent(key):  # for each of the GRU's three gates
+            return jnp.concatenate([nn.initializers.orthogonal()(k, (size, size)) for k in jax.random.split(key, 3)], 1)
 
         size, hidden, batch = self.config.HIDDEN_SIZE, list(hidden), partial(nn.BatchNorm, not train)
         norm = {"layer_norm": nn.LayerNorm, "batch_norm": batch, "none": lambda: lambda x: x}[self.config.NORM_TYPE]
@@ -189,12 +189,14 @@ class QNetwork(nn.Module):
         if self.config.ADD_LAST_ACTION:
             x = jnp.concatenate([x, jax.nn.one_hot(last_action, self.num_actions)], -1)
         for i, state in enumerate(hidden):
-            hidden[i], x = lstm(state, nn.Dense(4 * size)(x), reset, self.param(f"recurrent_kernel_{i}", recurrent))
+            kernel = self.param(f"recurrent_kernel_{i}", recurrent)
+            bias = self.param(f"recurrent_bias_{i}", nn.initializers.zeros, size)
+            hidden[i], x = gru(state, nn.Dense(3 * size)(x), reset, kernel, bias)
         return nn.Dense(self.num_actions)(x), tuple(hidden)
 
     def initial_hidden(self, num_envs):
-        """The hidden state before anything was seen: (c, h) for each LSTM layer."""
-        return tuple((jnp.zeros((num_envs, self.config.HIDDEN_SIZE)),) * 2 for _ in range(self.config.NUM_RNN_LAYERS))
+        """The hidden state before anything was seen, of each GRU layer."""
+        return (jnp.zeros((num_envs, self.config.HIDDEN_SIZE)),) * self.config.NUM_RNN_LAYERS
 
 
 def make_network(config):
@@ -225,9 +227,9 @@ class TrainState(NamedTuple):
     opt_state: Any
     env_state: Any
     now: Transition  # [N, ...], the step to be played next: what the network sees, the episode's return and length before it
-    hidden: Any  # the LSTM's state before that; empty without it
+    hidden: Any  # the GRU's state before that; empty without it
     window: tuple  # the last MEMORY_WINDOW steps as one Transition, [W, N, ...]; empty without
-    window_hidden: Any  # the LSTM's state before those
+    window_hidden: Any  # the GRU's state before those
 
 
 def epsilon_greedy(key, q_values, epsilon):

@@ -54,7 +54,7 @@ def test_gradient_steps_are_the_same():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_enough_to_read(script):
-    """At most 600 lines (640 with an LSTM, 700 where the environment needs more), 260 of them below make_train."""
+    """At most 600 lines (640 with memory, 700 where the environment needs more), 260 of them below make_train."""
     text = (ROOT / f"{script}.py").read_text()
     (end,) = (node.end_lineno for node in ast.parse(text).body if getattr(node, "name", "") == "make_train")
     lines, budgets = len(text.splitlines()), {"pqn_gymnax": 600, "pqn_minatar": 600, "pqn_rnn_gymnax": 640}
