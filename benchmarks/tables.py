@@ -152,7 +152,7 @@ def launches(_):
 
 def peers(_):
     """What benchmarks/peers.py measured."""
-    table = pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str})
+    table = pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str}).fillna("")  # no return: no episode ended
     speeds = table[["steps_per_s", "their_steps_per_s"]].map("{:,}".format)
     table[["ours, steps a second", "theirs"]] = speeds
     table["times"], table["steps of a seed"] = table.ratio, table.steps.map(short)
