@@ -447,7 +447,7 @@ def make_train(config):
 
 # RUNNING, LOGGING AND SAVING: nothing of the algorithm below this line
 SCRIPT = re.sub(r"[^\w.-]", "-", Path(globals().get("__file__", "pqn_craftax_rnn.py")).stem)  # copies have their own
-FIXED = ("SEED", "NUM_SEEDS", "alg.ENV_NAME", "alg.NUM_ENVS", "alg.NUM_STEPS")  # cannot change when a run is resumed
+FIXED = "SEED NUM_SEEDS alg.ENV_NAME alg.NUM_ENVS alg.NUM_STEPS alg.NUM_EPOCHS alg.NUM_MINIBATCHES".split()  # on RESUME
 Folder = Annotated[str, BeforeValidator(lambda path: path and str(path))]
 Saved = Annotated[str, BeforeValidator(lambda path: path and os.path.abspath(str(path))), Field(pattern=r"^[^\[\]]*$")]
 
@@ -554,9 +554,9 @@ def run(config=None, **settings):
 
 
 def average(updates):
-    """What is logged of some updates, {name: [num_seeds]}: means, of returns where an episode ended, and the last test."""
+    """What is logged of some updates, {name: [num_seeds]}: means without NaN (a NaN loss stays one), and the last test."""
     tables = {name: pd.DataFrame([metrics[name] for metrics in updates]) for name in updates[0]}
-    means = {name: table.mean(skipna=name.startswith("returned_")) for name, table in tables.items()}
+    means = {name: table.mean(skipna=name != "td_loss") for name, table in tables.items()}
     return means | {name: x.ffill().iloc[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
 
 

@@ -96,7 +96,7 @@ train = jax.jit(jax.vmap(peer.make_train(config, *env))).lower(jax.random.split(
 start = time.time()
 metrics = jax.block_until_ready(train(jax.random.split(jax.random.PRNGKey(0), seeds)))["metrics"]
 returns = metrics["returned_episode_returns"]
-print(json.dumps([time.time() - start, float(returns[..., -(returns.shape[-1] // 10) :].mean())]))
+print(json.dumps([time.time() - start, float(returns[..., -max(1, returns.shape[-1] // 10) :].mean())]))
 """
 OURS = """
 import json, sys, tempfile

@@ -5,7 +5,7 @@
 
 results/scores.csv, curves.csv and curves.png are made anew by plot.py from the runs kept in results/; scores.csv also tells commit and machine.
 Speeds: results/speed_<device>.csv, of each recipe the newest. Published figures: results/anchors.csv. A block names what it shows:
-<!-- scores: pqn_gymnax --> that script's tasks, <!-- scores --> all, <!-- ablation: ablation ablation_full --> these folders of results/.
+<!-- scores: pqn_gymnax --> that script's tasks, <!-- scores --> all, <!-- ablation: ablation_1e7 --> that folder of results/.
 """
 
 import re
@@ -20,11 +20,13 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 BLOCK = re.compile(
-    r"(?<=<!-- )(scores|speed|ablation|launches|peers)(?:: ([\w ]+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL
+    r"(?<=<!-- )(scores|speed|ablation|launches|peers)(?:: (\w+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
 # A task, and its name in the words of the field.
 NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, % won", "MPE_(.*)_v3": r"MPE \1"}
-NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1", "(.*)-v1": r"\1"}
+NAMES |= {"overcooked_(.*)": r"Overcooked \1", "hanabi": "Hanabi", "(.*)-v5": r"Atari \1"}
+NAMES |= {"MemoryChain-bsuite, memory_length=(.*)": r"MemoryChain of \1 steps, at best 1"}
+NAMES |= {"CartPolePositions-v1": "CartPole without velocities", "(.*)-v1": r"\1"}
 
 
 def draw():
@@ -57,9 +59,13 @@ def made_by(row, runs):
 
 
 def place(column):
-    """What scripts are sorted by: their place in the README. Of other columns, themselves."""
+    """What is sorted by: of scripts their place in the README, of tasks their names, with 30 before 100."""
     readme = (ROOT / "README.md").read_text()
-    return column.map(lambda script: readme.find(f"{script}.py")) if column.name == "script" else column
+    if column.name == "script":
+        return column.map(lambda script: readme.find(f"{script}.py"))
+    return (
+        column.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True) if column.name == "task" else column
+    )
 
 
 def markdown(table):
@@ -92,10 +98,10 @@ def scores(script):
     anchors = pd.read_csv(RESULTS / "anchors.csv", dtype=str, keep_default_na=False)
     table = table[table.script == script] if script else table.drop_duplicates(["script", "task"])  # the best
     for _, row in table.iterrows():
-        memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""  # the anchors' agents have none
-        near = [other for other in anchors.itertuples() if other.task == row.task and not memory]
+        near = [other for other in anchors.itertuples() if (other.script, other.task) == (row.script, row.task)]
         near = [other for other in near if not other.steps or abs(float(other.steps) / row.steps - 1) < 0.05]
-        varied = row.algorithm.partition(", ")[2].replace("ENV_KWARGS.", "")
+        memory = "recurrent" if row.script == "pqn_rnn_gymnax" else ""
+        varied = row.algorithm.partition(", ")[2] if sum(table.task == row.task) > 1 else ""
         task = ", ".join(filter(None, [named(row.task), memory, varied]))
         rows.append({"task": task, "steps": short(row.steps), "seeds": row.seeds})
         for name, column in (("in training", "training"), ("greedy", "evaluation")):
@@ -127,17 +133,24 @@ def speed(script):
     return "{}\n{}; jax {}, commit {}. Evaluations are off.\n".format(markdown(shown), *about)
 
 
-def ablation(folders):
-    """Scores of the ablations kept in folders of results/, a game after the other, the recipe first."""
-    table = pd.concat([pd.read_csv(RESULTS / folder / "scores.csv") for folder in folders.split()])
-    table["variant"] = table.algorithm.replace({"pqn": "the recipe", "PQN": "the recipe"})
-    table = table.assign(other=table.variant != "the recipe").sort_values(
-        ["task", "steps", "other"], ascending=[True, False, True]
-    )
+def ablation(folder):
+    """What benchmarks/ablation.py measured: a row a variant, the best first, a column a game, and the mean over games of the
+    share of the recipe's score."""
+    table = pd.read_csv(RESULTS / folder / "scores.csv", dtype={"commit": str})
+    shares = {}
     for name, column in (("in training", "training"), ("greedy", "evaluation")):
-        table[name] = [scored(row, column) for _, row in table.iterrows()]
-    table["game"], table["steps"] = table.task.str.removesuffix("-MinAtar"), table.steps.map(short)
-    return markdown(table[["game", "steps", "variant", "seeds", "in training", "greedy"]])
+        score = table.pivot(index="algorithm", columns="task", values=column)
+        shares[f"mean share, {name}"] = (score / score.loc["PQN"]).mean(1)
+    table["score"] = [scored(row, "training") for _, row in table.iterrows()]
+    shown = table.pivot(index="algorithm", columns="task", values="score").fillna("")
+    shown = shown.rename(columns=lambda task: task.removesuffix("-MinAtar")).assign(**shares)
+    shown = shown.sort_values("mean share, in training", ascending=False)
+    shown = shown.assign(**{name: shown[name].map("{:.0%}".format) for name in shares})
+    about = "{} seeds of {} steps; {}, commit {}.".format(
+        *(" and ".join(dict.fromkeys(map(str, values))) for values in (table.seeds, table.steps.map(short))),
+        *(" and ".join(dict.fromkeys(table[name])) for name in ("machine", "commit")),
+    )
+    return f"{markdown(shown.rename_axis('variant').reset_index())}\n{about}\n"
 
 
 def launches(_):
@@ -152,7 +165,9 @@ def launches(_):
 
 def peers(_):
     """What benchmarks/peers.py measured."""
-    table = pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str}).fillna("")  # no return: no episode ended
+    table = (
+        pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str}).astype(object).fillna("")
+    )  # no return: no episode ended
     speeds = table[["steps_per_s", "their_steps_per_s"]].map("{:,}".format)
     table[["ours, steps a second", "theirs"]] = speeds
     table["times"], table["steps of a seed"] = table.ratio, table.steps.map(short)

@@ -221,11 +221,12 @@ def test_checkpoints_follow_their_interval_not_the_logs(tmp_path):
 def test_a_logged_row_has_means_and_the_last_evaluation(script):
     nan = np.nan
     updates = [
-        {"returned_episode_returns": r, "td_loss": loss, "test/returned_episode_returns": test}
-        for r, loss, test in zip(([1, nan], [3, nan]), ([1, nan], [3, 2]), ([5, 5], [nan, nan]), strict=True)
+        {"returned_episode_returns": r, "td_loss": loss, "test/returned_episode_returns": test, "Achievements/eat": r}
+        for r, loss, test in zip(([1, nan], [nan, nan]), ([1, nan], [3, 2]), ([5, 5], [nan, nan]), strict=True)
     ]
     row = script.average([{key: np.float32(x) for key, x in update.items()} for update in updates])
-    np.testing.assert_array_equal(row["returned_episode_returns"], [2, nan])
+    for name in ("returned_episode_returns", "Achievements/eat"):  # where an episode ended
+        np.testing.assert_array_equal(row[name], [1, nan])
     np.testing.assert_array_equal(row["td_loss"], [2, nan])  # a diverged update is not averaged away
     np.testing.assert_array_equal(row["test/returned_episode_returns"], [5, 5])
 
@@ -362,7 +363,7 @@ def test_what_contradicts_a_run_is_refused_and_what_does_not_is_merged(command, 
     cases = [
         ([f"RESUME={folder}", "SEED=0"], "SEED=0 contradicts"),  # equal to its default, and given all the same
         (["RESUME=latest", "NUM_SEEDS=1"], "NUM_SEEDS=1 contradicts"),
-        (["RESUME=latest", "alg.NUM_STEPS=4"], "alg.NUM_STEPS=4 contradicts"),
+        (["RESUME=latest", "alg.NUM_EPOCHS=3"], "alg.NUM_EPOCHS=3 contradicts"),
         (["RESUME=latest", "alg.TOTAL_TIMESTEPS=64"], "alg.TOTAL_TIMESTEPS=64 contradicts"),
         (["RESUME=latest", "alg.LR=-1"], "LR=-1"),
     ]
