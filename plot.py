@@ -140,8 +140,8 @@ def print_table(rows):
     print(shown.to_string(index=False))
 
 
-def draw_published(panel, task, metric):
-    """The scores of others in results/anchors.csv as dashed lines, of a range its middle."""
+def draw_published(panel, task, metric, steps):
+    """The scores of others in results/anchors.csv as dashed lines, of a range its middle; not of runs over twice as long."""
     path, column = (
         Path(__file__).with_name("results") / "anchors.csv",
         "evaluation" if "test/" in metric else "training",
@@ -151,6 +151,7 @@ def draw_published(panel, task, metric):
         row
         for _, row in anchors.iterrows()
         if (row.task, row.metric) == (task.split(", ")[0], metric.removeprefix("test/"))
+        and not float(row.steps) > 2 * steps  # kept where its steps are not known
     ]
     for i, row in enumerate(anchors):
         value = np.mean([float(number) for number in re.findall(r"-?[\d.]+", row[column])])
@@ -173,7 +174,7 @@ def draw(points, rows, x, metric):
             panel = figure.add_subplot(height, columns, i, title=task)
         order = rows.algorithm[rows.task == task].tolist()
         sns.lineplot(points[points.task == task], x=x, y=metric, hue="algorithm", hue_order=order, ax=panel, **options)
-        draw_published(panel, task, metric)
+        draw_published(panel, task, metric, rows.steps[rows.task == task].max())
         panel.set(xlabel=AXES[x], ylabel=metric.replace("test/", "evaluation: ").replace("_", " "))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         for text in panel.legend(fontsize="small").get_texts():

@@ -140,7 +140,7 @@ def ablation(folder):
     shares = {}
     for name, column in (("in training", "training"), ("greedy", "evaluation")):
         score = table.pivot(index="algorithm", columns="task", values=column)
-        shares[f"mean share, {name}"] = (score / score.loc["PQN"]).mean(1)
+        shares[f"mean share, {name}"] = (score / score.loc["PQN"]).mean(axis=1)
     table["score"] = [scored(row, "training") for _, row in table.iterrows()]
     shown = table.pivot(index="algorithm", columns="task", values="score").fillna("")
     shown = shown.rename(columns=lambda task: task.removesuffix("-MinAtar")).assign(**shares)
