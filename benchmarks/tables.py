@@ -59,13 +59,13 @@ def made_by(row, runs):
 
 
 def place(column):
-    """What is sorted by: of scripts their place in the README, of tasks their names, with 30 before 100."""
+    """What is sorted by: of scripts their place in the README, of tasks their names, with 30 before 100; others as they are."""
     readme = (ROOT / "README.md").read_text()
     if column.name == "script":
         return column.map(lambda script: readme.find(f"{script}.py"))
-    return (
-        column.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True) if column.name == "task" else column
-    )
+    if column.name == "task":
+        return column.str.replace(r"\d+", lambda number: number[0].zfill(9), regex=True)
+    return column
 
 
 def markdown(table):
@@ -165,9 +165,8 @@ def launches(_):
 
 def peers(_):
     """What benchmarks/peers.py measured."""
-    table = (
-        pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str}).astype(object).fillna("")
-    )  # no return: no episode ended
+    table = pd.read_csv(RESULTS / "peers.csv", dtype={"commit": str})
+    table = table.astype(object).fillna("")  # no return: no episode ended
     speeds = table[["steps_per_s", "their_steps_per_s"]].map("{:,}".format)
     table[["ours, steps a second", "theirs"]] = speeds
     table["times"], table["steps of a seed"] = table.ratio, table.steps.map(short)

@@ -249,7 +249,8 @@ def test_seed_alone_in_train_equals_seed_among_others_in_run(whole_run):
     for key in ("td_loss", "qvals", "reset_steps", "grad_norm"):
         assert out["metrics"][key].shape == (1, 4)
         np.testing.assert_allclose(out["metrics"][key][0].reshape(2, 2).mean(1), among[key], rtol=1e-3, err_msg=key)
-    assert out["metrics"]["env_frame"].tolist() == [[96, 192, 288, 384]]
+    frames = out["metrics"]["env_frame"]  # an int32 would wrap at 2^31
+    assert frames.tolist() == [[96, 192, 288, 384]] and frames.dtype == np.float32
     for key in ("returned_episode_returns", "returned_episode_lengths"):
         assert out["metrics"][f"test/{key}"][0, -1] == among[f"test/{key}"].iloc[-1]
     assert pqn.emulator_seeds(keys(3), 4)[4:8] == pqn.emulator_seeds(keys(3)[1:2], 6)[:4]

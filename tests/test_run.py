@@ -363,6 +363,7 @@ def test_what_contradicts_a_run_is_refused_and_what_does_not_is_merged(command, 
     cases = [
         ([f"RESUME={folder}", "SEED=0"], "SEED=0 contradicts"),  # equal to its default, and given all the same
         (["RESUME=latest", "NUM_SEEDS=1"], "NUM_SEEDS=1 contradicts"),
+        (["RESUME=latest", "alg.NUM_STEPS=4"], "alg.NUM_STEPS=4 contradicts"),
         (["RESUME=latest", "alg.NUM_EPOCHS=3"], "alg.NUM_EPOCHS=3 contradicts"),
         (["RESUME=latest", "alg.TOTAL_TIMESTEPS=64"], "alg.TOTAL_TIMESTEPS=64 contradicts"),
         (["RESUME=latest", "alg.LR=-1"], "LR=-1"),
