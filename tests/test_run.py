@@ -109,7 +109,7 @@ def test_signals_save_and_end_the_program(name, number, command, tmp_path):
     done = int(read_csv(folder).update_steps.iloc[-1])
     (again,) = shlex.split(process.out.split("go on with ")[1].splitlines()[0])
     resumed = command(name, again, "LOG_INTERVAL=1")
-    wait_for(lambda: "return" in resumed.err, resumed)
+    wait_for(lambda: "step/s" in resumed.err, resumed)
     resumed.send_signal(number)
     assert resumed.code == 128 + number, resumed.err
     assert int(read_csv(folder).update_steps.iloc[-1]) > done
