@@ -1,7 +1,8 @@
 """What the choices of PQN are worth on MinAtar: the published recipe, and the same with one thing changed.
 
     python benchmarks/ablation.py                                                                   # five games, 1e6 steps, 3 seeds
-    python benchmarks/ablation.py Breakout --steps 1e7 --seeds 5 --variants PQN "inputs / 255" --out results/ablation_1e7
+    python benchmarks/ablation.py Breakout --steps 1e7 --seeds 5 --variants "inputs / 255" --out results/ablation_1e7 \\
+        --beside results/pqn_minatar_Breakout-MinAtar_s0                             # the recipe's run is there already
 
 Schedules run over --steps. Where no option changes the thing, the script's text is changed: a rewording of the script ends in an error here.
 Runs are kept in runs/<name of --out>: what was stopped goes on. At the end plot.py draws them all into --out; its scores.csv has commit and machine.
@@ -73,12 +74,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", type=Path, default=Path("results/ablation"))
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], metavar="FOLDER", help="runs to draw, too")
     args = parser.parse_args()
     for game, name in product(args.games, args.variants):
         train(game, name, args)
-    runs = ROOT / "runs" / args.out.name
-    subprocess.run([sys.executable, "plot.py", runs, "--out", args.out], cwd=ROOT, check=True)
-    runs = [OmegaConf.to_container(OmegaConf.load(path)) for path in runs.rglob("config.yaml")]
+    folders = [ROOT / "runs" / args.out.name, *(folder.resolve() for folder in args.beside)]
+    subprocess.run([sys.executable, "plot.py", *folders, "--out", args.out], cwd=ROOT, check=True)
+    configs = [path for folder in folders for path in folder.rglob("config.yaml")]
+    runs = [OmegaConf.to_container(OmegaConf.load(path)) for path in configs]
     table = pd.read_csv(ROOT / args.out / "scores.csv")
     table.join(table.apply(made_by, axis=1, runs=runs)).to_csv(ROOT / args.out / "scores.csv", index=False)
 

@@ -81,7 +81,8 @@ def train(task, fraction, seeds, root):
     command = [f"{script}.py", f"+alg={recipe}", *overrides, f"NUM_SEEDS={seeds}", f"SAVE_PATH={root}"]
     command += [f"alg.TOTAL_TIMESTEPS={steps:g}"] if fraction != 1 else []
     command = [f"{script}.py", f"RESUME={folders[-1]}"] if folders else command
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if code := subprocess.call([sys.executable, *command], cwd=ROOT):  # it has said why
+        sys.exit(code)
     if fraction == 1:
         keep(max(runs.glob("*/")), ", resumed at ".join(dict.fromkeys(commits.read_text().split())))
 

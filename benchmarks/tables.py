@@ -136,7 +136,7 @@ def speed(script):
 def ablation(folder):
     """What benchmarks/ablation.py measured: a row a variant, the best first, a column a game, and the mean over games of the
     share of the recipe's score."""
-    table = pd.read_csv(RESULTS / folder / "scores.csv", dtype={"commit": str})
+    table = pd.read_csv(RESULTS / folder / "scores.csv", dtype={"commit": str}).replace({"algorithm": {"pqn": "PQN"}})
     shares = {}
     for name, column in (("in training", "training"), ("greedy", "evaluation")):
         score = table.pivot(index="algorithm", columns="task", values=column)
