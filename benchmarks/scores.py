@@ -42,7 +42,7 @@ TASKS = {  # task, and what tells it from others: (script, recipe, overrides)
     },
     **{
         f"HeuristicEnemySMAX_{name}": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", [f"alg.MAP_NAME={name}"])
-        for name in ("2s3z", "3s5z", "5m_vs_6m")
+        for name in ("3m", "2s3z", "3s5z", "5m_vs_6m")
     },
     "hanabi": ("pqn_vdn_jaxmarl", "pqn_vdn_hanabi", []),
 }
