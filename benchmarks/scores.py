@@ -10,6 +10,7 @@ with command, commit and machine, the curve, and the main columns of metrics.csv
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -115,6 +116,7 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.tasks) - set(TASKS):
         sys.exit(f"Error: no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the training's: it saves, and ends with a code
     for folder in args.keep or ():
         keep(folder, git_commit())
     for task in () if args.keep else args.tasks or TASKS:
