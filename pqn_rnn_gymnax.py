@@ -487,9 +487,9 @@ def run(config=None, **settings):
 
     table = pd.concat(rows, ignore_index=True)
     attempt(draw, table, f"{config.ALG_NAME} on {config.TASK}", folder / "learning_curve.png")
-    final = table[table.update_steps == i].filter(regex="returned|test/")
+    final = table.groupby("seed").last().filter(regex="returned|test/")  # the last that is not NaN
     print(final.agg(["mean", "min", "max"]).T.to_string(float_format="%.2f"), f"Run folder: {folder}", sep="\n")
-    score = float(final["test/returned_episode_returns"].mean())
+    score = float(table[table.update_steps == i]["test/returned_episode_returns"].mean())
     return {"runner_state": state, "metrics": table, "score": score, "folder": folder}
 
 

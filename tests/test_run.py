@@ -168,6 +168,19 @@ def test_run_folder_and_loaded_agent(script, tmp_path, capsys):
     assert "test/returned_episode_returns" in capsys.readouterr().out
 
 
+def test_the_summary_has_of_each_seed_the_last_value_that_is_known(tmp_path, capsys):
+    """No episode ends in the last update, which is logged alone."""
+    import pqn_gymnax as script
+
+    config = script.Config(**TINY | {"NUM_STEPS": 2, "TOTAL_TIMESTEPS": 4 * 2 * 29})
+    table = script.run(config, NUM_SEEDS=2, SAVE_PATH=tmp_path, LOG_INTERVAL=1)["metrics"]
+    assert table.returned_episode_returns.iloc[-2:].isna().all()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for key in ("returned_episode_returns", "test/returned_episode_returns"):
+        last = table.dropna(subset=key).groupby("seed")[key].tail(1)
+        assert [key, *(f"{x:.2f}" for x in (last.mean(), last.min(), last.max()))] in lines
+
+
 def test_running_statistics_are_trained_saved_and_restored(tmp_path):
     """And a finished run is trained for longer, with a Config that Python gives."""
     import pqn_minatar as script
