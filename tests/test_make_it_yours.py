@@ -46,13 +46,14 @@ def train(pqn, count=3, **changes):
 def check_rms_norm(pqn):
     """In the parameters; and what leaves it has a mean square of 1, but a mean."""
     states, _, network = train(pqn, NORM_TYPE="rms_norm")
-    _, seen = network.apply(states[0].variables, np.random.rand(4, 10, 10, 4), capture_intermediates=True)
+    obs = np.random.default_rng(0).random((4, 10, 10, 4))
+    _, seen = network.apply(states[0].variables, obs, capture_intermediates=True)
     params = states[-1].variables["params"]
     for name, features in (("RMSNorm_0", 16), ("RMSNorm_1", 128)):
         assert params[name].keys() == {"scale"} and params[name]["scale"].shape == (features,)
         y = np.asarray(seen["intermediates"][name]["__call__"][0])
         np.testing.assert_allclose((y**2).mean(0), 1, rtol=0.01)
-        assert abs(y.mean(0)).max() > 0.05
+        assert abs(y.mean(0)).max() > 0.01  # LayerNorm's are below 1e-6
 
 
 def check_next_values(pqn, states, network, value):
