@@ -444,12 +444,12 @@ def run(config=None, **settings):
     if signals:
         print(f"Stopped after {i} of {num_updates} updates; go on with", shlex.quote(f'RESUME="{folder}"'))
         raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
-
     table = pd.concat(rows, ignore_index=True)
     attempt(draw, table, f"{config.ALG_NAME} on {config.TASK}", folder / "learning_curve.png")
-    final = table.groupby("seed").last().filter(regex="returned|test/")  # the last that is not NaN
+    last, test = table.groupby("seed").last(), table[table.update_steps == i].set_index("seed").filter(like="test/")
+    final = last.filter(regex="^returned").join(test)  # of training what is known last, of tests the last one
     print(final.agg(["mean", "min", "max"]).T.to_string(float_format="%.2f"), f"Run folder: {folder}", sep="\n")
-    score = float(table[table.update_steps == i]["test/returned_episode_returns"].mean())
+    score = float(test["test/returned_episode_returns"].mean())
     return {"runner_state": state, "metrics": table, "score": score, "folder": folder}
 
 
