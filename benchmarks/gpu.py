@@ -64,7 +64,10 @@ def measure(name, fraction):
     }
     row |= {"frames_per_hour": round(steps / seconds * 4 * 3600) if script == "pqn_atari_envpool" else ""}
     row |= {"peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2), "score": round(out["score"], 2)}
-    return row | {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()  # none outside a checkout
+    row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    return row | {"date": time.strftime("%Y-%m-%d"), "commit": commit}
 
 
 def main():
@@ -98,7 +101,12 @@ def main():
             continue
         row = json.loads(done.read_text())
         path = args.out / f"gpu_{re.sub(r'[^a-z0-9]+', '_', row['device'].lower())}.csv"
-        table = pd.concat([pd.read_csv(path, keep_default_na=False) if path.exists() else None, pd.DataFrame([row])])
+        table = pd.concat(
+            [
+                pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) if path.exists() else None,
+                pd.DataFrame([row]),
+            ]
+        )
         table.drop_duplicates("run", keep="last").to_csv(path, index=False)
         print(row, flush=True)
     print(f"Left for the next sitting: {' '.join(left)}" if left else "All is done")

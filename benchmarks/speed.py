@@ -35,12 +35,14 @@ RECIPES = {  # recipe: (script, updates in one timing on a CPU)
     "pqn": ("pqn_minatar", 8),
     "pqn_atari": ("pqn_atari_envpool", 1),
     "pqn_craftax_classic_rnn": ("pqn_craftax_rnn", 1),
-    "pqn_craftax_rnn": ("pqn_craftax_rnn", 1),  # in full it is for a GPU: left out unless asked for
+    "pqn_craftax": ("pqn_craftax_rnn", 1),
+    "pqn_craftax_rnn": ("pqn_craftax_rnn", 1),
     "pqn_vdn_mpe": ("pqn_vdn_jaxmarl", 4),
     "pqn_vdn_hanabi": ("pqn_vdn_jaxmarl", 20),
     "pqn_vdn_overcooked": ("pqn_vdn_jaxmarl", 4),
     "pqn_vdn_smax": ("pqn_vdn_jaxmarl", 1),
 }
+FOR_A_GPU = ["pqn_craftax", "pqn_craftax_rnn"]  # left out unless asked for
 KEY = ["recipe", "NUM_SEEDS", "changes"]
 
 
@@ -181,7 +183,7 @@ def write(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r != "pqn_craftax_rnn"], choices=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r not in FOR_A_GPU], choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--updates", type=int, help="in one timing")
     parser.add_argument("--turns", type=int, default=5)
