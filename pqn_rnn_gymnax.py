@@ -401,7 +401,7 @@ class Settings:
     SAVE_PATH: Saved = Field("runs", validate_default=True)  # of runs' folders; orbax cannot read below one with [ or ]
     RESUME: Folder | None = None  # a run's folder, or latest: its configuration, with what is overridden
     LOG_INTERVAL: PositiveInt | None = None  # in updates; null: a 1,000th of the run
-    CHECKPOINT_INTERVAL: PositiveInt | None = None  # in updates; null: a 20th of the run
+    CHECKPOINT_INTERVAL: PositiveInt | None = None  # in updates; null: a 20th of the run, 30 s at least
     WANDB_MODE: Literal["online", "offline", "disabled"] = "disabled"
     ENTITY: str | None = None  # wandb's
     PROJECT: str = "pqn"  # wandb's
@@ -437,7 +437,6 @@ def run(config=None, **settings):
     config, settings = config or Config(), Settings(**settings)
     num_seeds, num_updates, steps = settings.NUM_SEEDS, config.NUM_UPDATES, config.NUM_ENVS * config.NUM_STEPS
     log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
-    checkpoint_interval = settings.CHECKPOINT_INTERVAL or max(1, num_updates // 20)
     if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
     if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
@@ -470,14 +469,15 @@ def run(config=None, **settings):
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}
             row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "sps": np.float32(n / (now - last))}
             rows.append(pd.DataFrame(row | values))
-            bar.set_postfix_str(f"return {values['returned_episode_returns'].mean():.2f}", refresh=False)
+            bar.set_postfix_str(f"return {rows[-1].returned_episode_returns.mean():.2f}", refresh=False)
             bar.update(n)
             if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
                 bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
                 diverged |= news
             if log:
                 attempt(log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
-            if i - (checkpoints.latest_step() or 0) >= checkpoint_interval or i == num_updates or stop:
+            interval = settings.CHECKPOINT_INTERVAL or max(num_updates / 20, 30 * i / (now - start))  # half a minute's
+            if i - (checkpoints.latest_step() or 0) >= interval or i == num_updates or stop:
                 attempt(save, folder, checkpoints, state, rows, i)
             pending, last = [], time.time()
     checkpoints.close()
@@ -495,9 +495,9 @@ def run(config=None, **settings):
 
 def average(updates):
     """What is logged of some updates, {name: [num_seeds]}: means without NaN (a NaN loss stays one), and the last test."""
-    tables = {name: pd.DataFrame([metrics[name] for metrics in updates]) for name in updates[0]}
-    means = {name: table.mean(skipna=name != "td_loss") for name, table in tables.items()}
-    return means | {name: x.ffill().iloc[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
+    tables = {name: pd.DataFrame(np.stack([metrics[name] for metrics in updates])) for name in updates[0]}
+    means = {name: table.mean(skipna=name != "td_loss").to_numpy() for name, table in tables.items()}
+    return means | {name: x.ffill().to_numpy()[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
 
 
 def write_run(folder, config, settings):
