@@ -32,8 +32,8 @@ RUNS = {  # name: (script, recipe, seeds, changes)
     "atari": ("pqn_atari_envpool", "pqn_atari", 1, {"TOTAL_TIMESTEPS": 1e6}),
     "atari_2": ("pqn_atari_envpool", "pqn_atari", 2, {"TOTAL_TIMESTEPS": 1e6}),
     "atari_4": ("pqn_atari_envpool", "pqn_atari", 4, {"TOTAL_TIMESTEPS": 1e6}),
-    "craftax": ("pqn_craftax_rnn", "pqn_craftax_rnn", 1, {"TOTAL_TIMESTEPS": 2e7}),
-    "craftax_feed_forward": ("pqn_craftax_rnn", "pqn_craftax", 1, {"TOTAL_TIMESTEPS": 2e7}),
+    "craftax": ("pqn_craftax_rnn", "pqn_craftax_rnn", 1, {"TOTAL_TIMESTEPS": 4e6}),
+    "craftax_feed_forward": ("pqn_craftax_rnn", "pqn_craftax", 1, {"TOTAL_TIMESTEPS": 4e6}),
     "smax": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", 1, {"TOTAL_TIMESTEPS": 2e6}),
     "overcooked": ("pqn_vdn_jaxmarl", "pqn_vdn_overcooked", 1, {}),
 }

@@ -1,11 +1,12 @@
 """Make the tables of README.md and the pages from results/: what stands between <!-- scores -->, <!-- speed -->,
-<!-- ablation -->, <!-- launches --> or <!-- peers --> and <!-- end -->.
+<!-- ablation -->, <!-- gpu -->, <!-- launches --> or <!-- peers --> and <!-- end -->.
 
     python benchmarks/tables.py
 
 results/scores.csv, curves.csv and curves.png are made anew by plot.py from the runs kept in results/; scores.csv also tells commit and machine.
 Speeds: results/speed_<device>.csv, of each recipe the newest. Published figures: results/anchors.csv. A block names what it shows:
-<!-- scores: pqn_gymnax --> that script's tasks, <!-- scores --> all, <!-- ablation: ablation_1e7 --> that folder of results/.
+<!-- scores: pqn_gymnax --> that script's tasks, <!-- scores --> all, <!-- ablation: ablation_1e7 --> that folder of results/,
+<!-- speed: gpu --> the speeds of GPUs.
 """
 
 import re
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 BLOCK = re.compile(
-    r"(?<=<!-- )(scores|speed|ablation|launches|peers)(?:: (\w+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL
+    r"(?<=<!-- )(scores|speed|ablation|gpu|launches|peers)(?:: (\w+))?( -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
 # A task, and its name in the words of the field.
 NAMES = {"(.*)-MinAtar": r"MinAtar \1", "HeuristicEnemySMAX_(.*)": r"SMAX \1, % won", "MPE_(.*)_v3": r"MPE \1"}
@@ -112,11 +113,13 @@ def scores(script):
 
 
 def speed(script):
-    """The newest speeds of one script's recipes or of all, with machine and commit below."""
+    """The newest speeds of one script's recipes or of all on CPUs, or of those on GPUs, with machine and commit below."""
     table = pd.concat(
         [pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) for path in RESULTS.glob("speed_*.csv")]
     )
-    table = table[(table.script == script) | (script is None)].sort_values("date", kind="stable")
+    on_gpu = table.device.str.contains(r"^\d+ x ")  # as speed.py tells their number
+    chosen = on_gpu if script == "gpu" else ~on_gpu & ((table.script == script) | (script is None))
+    table = table[chosen].sort_values("date", kind="stable")
     table = table.drop_duplicates(["recipe", "NUM_SEEDS", "changes"], keep="last").sort_values(
         ["script", "recipe", "NUM_SEEDS"], key=place
     )
@@ -153,6 +156,30 @@ def ablation(folder):
     return f"{markdown(shown.rename_axis('variant').reset_index())}\n{about}\n"
 
 
+def gpu(_):
+    """Whole runs on GPUs, evaluations included, by benchmarks/gpu.py."""
+    paths = set(RESULTS.glob("gpu_*.csv")) - {RESULTS / "gpu_launches.csv"}
+    table = pd.concat([pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) for path in sorted(paths)])
+    table["steps of a seed"] = (table.steps / table.seeds).map(short)
+    table["steps a second, all seeds"] = table.steps_per_s.map("{:,}".format)
+    table["frames an hour"] = [
+        short(frames) if frames else "" for frames in pd.to_numeric(table.frames_per_hour).fillna(0)
+    ]
+    table = table.rename(columns={"peak_gib": "memory, GiB"})
+    names = [
+        "run",
+        "seeds",
+        "steps of a seed",
+        "seconds",
+        "steps a second, all seeds",
+        "frames an hour",
+        "memory, GiB",
+        "score",
+    ]
+    about = (" and ".join(dict.fromkeys(table[name])) for name in ("device", "jax", "commit", "date"))
+    return "{}\n{}; jax {}, commit {}, {}.\n".format(markdown(table[names]), *about)
+
+
 def launches(_):
     """What benchmarks/gpu_launches.py counted."""
     table = pd.read_csv(RESULTS / "gpu_launches.csv", keep_default_na=False)
@@ -179,7 +206,8 @@ def peers(_):
 
 def fill(text):
     """A page with its tables made anew."""
-    make = {"scores": scores, "speed": speed, "ablation": ablation, "launches": launches, "peers": peers}
+    make = {"scores": scores, "speed": speed, "ablation": ablation, "gpu": gpu, "launches": launches}
+    make["peers"] = peers
     return BLOCK.sub(lambda m: f"{m[1]}{': ' + m[2] if m[2] else ''}{m[3]}\n{make[m[1]](m[2])}\n", text)
 
 
