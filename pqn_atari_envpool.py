@@ -522,7 +522,8 @@ def run(config=None, **settings):
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}
             row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "sps": np.float32(n / (now - last))}
             rows.append(pd.DataFrame(row | values))
-            bar.set_postfix_str(f"return {rows[-1].returned_episode_returns.mean():.2f}", refresh=False)
+            if not np.isnan(score := rows[-1].returned_episode_returns.mean()):  # else what was known last stays
+                bar.set_postfix_str(f"return {score:.2f}", refresh=False)
             bar.update(n)
             if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
                 bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
