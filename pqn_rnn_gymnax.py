@@ -466,15 +466,15 @@ def run(config=None, **settings):
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}
             row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "sps": np.float32(n / (now - last))}
             rows.append(pd.DataFrame(row | values))
-            if not np.isnan(score := rows[-1].returned_episode_returns.mean()):  # else what was known last stays
-                bar.set_postfix_str(f"return {score:.2f}", refresh=False)
+            if not np.isnan(shown := rows[-1].returned_episode_returns.mean()):  # else what was known last stays
+                bar.set_postfix_str(f"return {shown:.2f}", refresh=False)
             bar.update(n)
             if (news := ~np.isfinite(values["td_loss"]) & ~diverged).any():
                 bar.write(f"Warning: update {i}: the loss of seed {np.flatnonzero(news)} is not finite", sys.stderr)
                 diverged |= news
             if log:
                 attempt(log_wandb, log, rows[-1], settings.WANDB_LOG_ALL_SEEDS)
-            interval = settings.CHECKPOINT_INTERVAL or max(num_updates / 20, 30 * i / (now - start))  # half a minute's
+            interval = settings.CHECKPOINT_INTERVAL or max(num_updates / 20, 30 * i / (now - start))  # updates of 30 s
             if i - (checkpoints.latest_step() or 0) >= interval or i == num_updates or stop:
                 attempt(save, folder, checkpoints, state, rows, i)
             pending, last = [], time.time()

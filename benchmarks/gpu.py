@@ -101,12 +101,8 @@ def main():
             continue
         row = json.loads(done.read_text())
         path = args.out / f"gpu_{re.sub(r'[^a-z0-9]+', '_', row['device'].lower())}.csv"
-        table = pd.concat(
-            [
-                pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) if path.exists() else None,
-                pd.DataFrame([row]),
-            ]
-        )
+        before = [pd.read_csv(path, keep_default_na=False, dtype={"commit": str})] if path.exists() else []
+        table = pd.concat([*before, pd.DataFrame([row])])
         table.drop_duplicates("run", keep="last").to_csv(path, index=False)
         print(row, flush=True)
     print(f"Left for the next sitting: {' '.join(left)}" if left else "All is done")

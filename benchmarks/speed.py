@@ -5,7 +5,7 @@
     python benchmarks/speed.py --recipes pqn_vdn_mpe --against HEAD~1      # that commit's script, of the same contract
     python benchmarks/speed.py --recipes pqn_vdn_smax alg.NUM_STEPS=16 alg.MAP_NAME=3m
 
-Evaluations are off. A row of results/speed_<device>.csv for each recipe, number of seeds and overrides, which replaces the one
+Evaluations are off. A row of results/speed_<device>.csv for each recipe, number of seeds and overrides (and XLA_FLAGS), which replaces the one
 before: compile_s, the program's start and compilation; steps_per_s, of all seeds together, the median over the turns; share, the arithmetic of
 an update's matrix products over what a 2048^3 product reaches here; ratio, the median over the turns of ours to the other's speed; peak_gib, the
 memory of the process (CPU, the compiler's included) or of the device. Several CPU devices: JAX_NUM_CPU_DEVICES=2. On a GPU: --updates 100.
@@ -156,7 +156,8 @@ def measure(recipe, seeds, updates, turns, against, changes):
     seconds, steps = statistics.median(a for a, _ in times), config.NUM_ENVS * config.NUM_STEPS * updates * seeds
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = dict(zip(KEY, (recipe, seeds, " ".join(changes)), strict=True)) | {"task": config.TASK}
+    flags = [f"XLA_FLAGS={os.environ['XLA_FLAGS']}"] if os.environ.get("XLA_FLAGS") else []
+    row = dict(zip(KEY, (recipe, seeds, " ".join([*changes, *flags])), strict=True)) | {"task": config.TASK}
     row |= {"compile_s": round(compiled, 1), "steps_per_s": round(steps / seconds), "share": "", "against": against}
     row["ratio"] = round(statistics.median(b / a for a, b in times), 2) if other else ""
     if script != "pqn_atari_envpool":  # its emulators are stepped inside

@@ -162,20 +162,10 @@ def gpu(_):
     table = pd.concat([pd.read_csv(path, keep_default_na=False, dtype={"commit": str}) for path in sorted(paths)])
     table["steps of a seed"] = (table.steps / table.seeds).map(short)
     table["steps a second, all seeds"] = table.steps_per_s.map("{:,}".format)
-    table["frames an hour"] = [
-        short(frames) if frames else "" for frames in pd.to_numeric(table.frames_per_hour).fillna(0)
-    ]
+    table["frames an hour"] = [frames and short(float(frames)) for frames in table.frames_per_hour]
     table = table.rename(columns={"peak_gib": "memory, GiB"})
-    names = [
-        "run",
-        "seeds",
-        "steps of a seed",
-        "seconds",
-        "steps a second, all seeds",
-        "frames an hour",
-        "memory, GiB",
-        "score",
-    ]
+    names = ["run", "seeds", "steps of a seed", "seconds", "steps a second, all seeds", "frames an hour"]
+    names += ["memory, GiB", "score"]
     about = (" and ".join(dict.fromkeys(table[name])) for name in ("device", "jax", "commit", "date"))
     return "{}\n{}; jax {}, commit {}, {}.\n".format(markdown(table[names]), *about)
 
@@ -206,8 +196,7 @@ def peers(_):
 
 def fill(text):
     """A page with its tables made anew."""
-    make = {"scores": scores, "speed": speed, "ablation": ablation, "gpu": gpu, "launches": launches}
-    make["peers"] = peers
+    make = {function.__name__: function for function in (scores, speed, ablation, gpu, launches, peers)}
     return BLOCK.sub(lambda m: f"{m[1]}{': ' + m[2] if m[2] else ''}{m[3]}\n{make[m[1]](m[2])}\n", text)
 
 

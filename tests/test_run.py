@@ -1,6 +1,7 @@
 """The harness of the scripts: run = train, resumed = never stopped, the run folder, failures, the command line."""
 
 import importlib
+import itertools
 import os
 import shlex
 import shutil
@@ -231,6 +232,33 @@ def test_checkpoints_follow_their_interval_not_the_logs(tmp_path):
 
     out = script.run(script.Config(**TINY), SAVE_PATH=tmp_path, LOG_INTERVAL=3, CHECKPOINT_INTERVAL=5)
     assert {path.name for path in (out["folder"] / "checkpoints").iterdir() if path.name.isdigit()} == {"6", "12"}
+
+
+@pytest.mark.parametrize("seconds, made", [(2, {"12"}), (7, {"5", "10", "12"}), (40, set(map(str, range(1, 13))))])
+def test_checkpoints_are_half_a_minute_apart_without_an_interval(seconds, made, tmp_path, monkeypatch):
+    """A run of 12 updates, a 20th of which is one at least, by a clock on which each takes some seconds."""
+    import pqn_gymnax as script
+
+    clock, saved = itertools.count(), set()
+
+    class Time:
+        """The script's time: update i ends at i * seconds."""
+
+        strftime, time_ns, now = time.strftime, time.time_ns, 0.0
+        time = classmethod(lambda cls: cls.now)
+
+    def save(folder, checkpoints, state, rows, done, save=script.save):
+        saved.add(str(done))
+        save(folder, checkpoints, state, rows, done)
+
+    def average(updates, average=script.average):
+        Time.now = seconds * (next(clock) + 1)
+        return average(updates)
+
+    for name, value in {"time": Time, "save": save, "average": average}.items():
+        monkeypatch.setattr(script, name, value)
+    script.run(script.Config(**TINY), SAVE_PATH=tmp_path)
+    assert saved == made
 
 
 def test_a_logged_row_has_means_and_the_last_evaluation(script):
