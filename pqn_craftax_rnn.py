@@ -40,6 +40,7 @@ from craftax.craftax.constants import Achievement
 from craftax.craftax_classic.constants import Achievement as ClassicAchievement
 from craftax.craftax_env import make_craftax_env_from_name
 from flax import traverse_util
+from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
@@ -311,6 +312,7 @@ def make_pqn(config):
     epsilon_schedule = optax.linear_schedule(config.EPS_START, config.EPS_FINISH, max(1, config.EPS_DECAY * decay))
     lr_schedule = optax.linear_schedule(config.LR, config.LR * (not config.LR_LINEAR_DECAY), decay * grad_steps)
     optimizer = optax.radam(lr_schedule)
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def init(key, num_envs=config.NUM_ENVS):
         key, key_network, key_reset = jax.random.split(key, 3)
@@ -378,9 +380,9 @@ def make_pqn(config):
         discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
-    def learn(carry, minibatch):
-        """One gradient step."""
-        (variables, opt_state), (hidden, steps) = carry, minibatch
+    def learn(carry, minibatch, unravel):
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
+        (variables, opt_state), (hidden, steps) = unravel(carry), minibatch
 
         def loss(params):
             apply = partial(network.apply, variables | {"params": params}, train=True, mutable=["batch_stats"])
@@ -391,11 +393,11 @@ def make_pqn(config):
             return 0.5 * squared / count, (jnp.sum(q_action, where=mask) / count, updated)  # 0 where all is masked
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(as_vector(grads)[0])
         grads = optax.tree.scale(jnp.minimum(1.0, config.MAX_GRAD_NORM / norm), grads)
         changes, opt_state = optimizer.update(grads, opt_state)
         variables = variables | updated | {"params": optax.apply_updates(variables["params"], changes)}
-        return (variables, opt_state), jnp.stack([td_loss, qvals, norm])
+        return as_vector((variables, opt_state))[0], jnp.stack([td_loss, qvals, norm])
 
     def update(state, i):
         """Update number i: a rollout, epochs of minibatches, and an evaluation if one is due."""
@@ -414,11 +416,12 @@ def make_pqn(config):
         state, (trajectory, episodes) = jax.lax.scan(step, state, jnp.arange(config.NUM_STEPS))
         parts = *window, trajectory, jax.tree.map(lambda x: x[None], state.now)
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
-        carry = state.variables, state.opt_state
+        carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
         keys = jax.random.split(key_epochs, config.NUM_EPOCHS)
         envs = jax.vmap(partial(jax.random.permutation, x=config.NUM_ENVS))(keys).reshape(grad_steps, -1)
         take = partial(take_sequences, hidden, parts)
-        (variables, opt_state), losses = jax.lax.scan(lambda carry, envs: learn(carry, take(envs)), carry, envs)
+        carry, losses = jax.lax.scan(lambda carry, envs: learn(carry, take(envs), unravel), carry, envs)
+        variables, opt_state = unravel(carry)
         state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
@@ -493,7 +496,6 @@ def run(config=None, **settings):
         config, settings = config or saved_config, vars(saved) | settings
     config, settings = config or Config(), Settings(**settings)
     num_seeds, num_updates, steps = settings.NUM_SEEDS, config.NUM_UPDATES, config.NUM_ENVS * config.NUM_STEPS
-    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
     if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
     if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
@@ -520,7 +522,7 @@ def run(config=None, **settings):
             state, metrics = update_seeds(state, i)
             jax.block_until_ready(pending[-1:])  # the update before: two at most are under way, a signal is soon heard
             i, pending, stop = i + 1, [*pending, metrics], bool(signals)
-            if i % log_interval and i < num_updates and not stop:
+            if i % (settings.LOG_INTERVAL or max(1, num_updates // 1000)) and i < num_updates and not stop:
                 continue
             values, now, n = average(jax.device_get(pending)), time.time(), len(pending) * steps * num_seeds
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}

@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 import pandas as pd
 import seaborn as sns
 from flax import traverse_util
+from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, JsonValue, PositiveFloat, PositiveInt, ValidationError
@@ -318,6 +319,7 @@ def make_pqn(config):
     shaped = (config.REW_SHAPING_HORIZON or 0) / (config.NUM_ENVS * config.NUM_STEPS)  # updates
     shaping_schedule = optax.linear_schedule(float(shaped > 0), 0.0, shaped or 1)
     optimizer = optax.radam(lr_schedule)
+    as_vector = ravel_pytree if jax.default_backend() != "cpu" else lambda tree: (tree, lambda tree: tree)
 
     def stack(values):  # {agent: [N, ...]} -> [N, A, ...]
         return jnp.stack([values[agent] for agent in env.agents], 1)
@@ -377,9 +379,9 @@ def make_pqn(config):
         discount = jnp.where(steps.mask, config.GAMMA * (1.0 - steps.done), 1.0)
         return q_lambda_targets(config.REW_SCALE * steps.reward, discount, next_value, trace)
 
-    def learn(carry, minibatch):
-        """One gradient step."""
-        (variables, opt_state), (hidden, steps, given) = carry, minibatch
+    def learn(carry, minibatch, unravel):
+        """One gradient step. On a GPU, where each kernel costs its launch, what it changes is one vector."""
+        (variables, opt_state), (hidden, steps, given) = unravel(carry), minibatch
         steps = jax.tree.map(lambda x: x.swapaxes(0, 1) if rnn else x[None], steps)
 
         def loss(params):
@@ -391,11 +393,11 @@ def make_pqn(config):
             return 0.5 * squared / count, (jnp.sum(q_team, where=steps.mask) / count, updated)  # 0 where all is masked
 
         (td_loss, (qvals, updated)), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(as_vector(grads)[0])
         grads = optax.tree.scale(jnp.minimum(1.0, config.MAX_GRAD_NORM / norm), grads)
         changes, opt_state = optimizer.update(grads, opt_state)
         variables = variables | updated | {"params": optax.apply_updates(variables["params"], changes)}
-        return (variables, opt_state), jnp.stack([td_loss, qvals, norm])
+        return as_vector((variables, opt_state))[0], jnp.stack([td_loss, qvals, norm])
 
     def update(state, i):
         """Update number i: a rollout, epochs of minibatches, and an evaluation if one is due."""
@@ -417,8 +419,9 @@ def make_pqn(config):
             batch = (), trajectory, targets(steps, jnp.concatenate([trajectory.value, value]))[:-1]
         state = state._replace(window=jax.tree.map(lambda x: x[-config.MEMORY_WINDOW :], (trajectory,) * len(window)))
         batch = shuffle_minibatches(jax.random.split(key_epochs, config.NUM_EPOCHS), batch, config.NUM_MINIBATCHES)
-        carry = state.variables, state.opt_state
-        (variables, opt_state), losses = jax.lax.scan(learn, carry, batch)
+        carry, unravel = as_vector((state.variables, state.opt_state))  # its counts are exact below 2**24
+        carry, losses = jax.lax.scan(partial(learn, unravel=unravel), carry, batch)
+        variables, opt_state = unravel(carry)
         state = state._replace(key=key, variables=variables, opt_state=opt_state)
         metrics = {"epsilon": epsilon, "learning_rate": lr_schedule(i * grad_steps)}
         metrics |= dict(zip(("td_loss", "qvals", "grad_norm"), losses.mean(0), strict=True))
@@ -493,7 +496,6 @@ def run(config=None, **settings):
         config, settings = config or saved_config, vars(saved) | settings
     config, settings = config or Config(), Settings(**settings)
     num_seeds, num_updates, steps = settings.NUM_SEEDS, config.NUM_UPDATES, config.NUM_ENVS * config.NUM_STEPS
-    log_interval = settings.LOG_INTERVAL or max(1, num_updates // 1000)
     if settings.COMPILATION_CACHE and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.COMPILATION_CACHE))
     if (config.TOTAL_TIMESTEPS_DECAY or config.TOTAL_TIMESTEPS) < config.TOTAL_TIMESTEPS:
@@ -520,7 +522,7 @@ def run(config=None, **settings):
             state, metrics = update_seeds(state, i)
             jax.block_until_ready(pending[-1:])  # the update before: two at most are under way, a signal is soon heard
             i, pending, stop = i + 1, [*pending, metrics], bool(signals)
-            if i % log_interval and i < num_updates and not stop:
+            if i % (settings.LOG_INTERVAL or max(1, num_updates // 1000)) and i < num_updates and not stop:
                 continue
             values, now, n = average(jax.device_get(pending)), time.time(), len(pending) * steps * num_seeds
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}

@@ -314,18 +314,18 @@ def test_a_gradient_step_is_radam_on_the_clipped_gradient_of_the_masked_loss(nor
 
 @pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
 def test_what_is_done_for_a_gpu_changes_no_number(norm, monkeypatch):
-    """Loops are unrolled."""
+    """Parameters as one vector, unrolled loops."""
     config, (_, update, _), state = parts(NORM_TYPE=norm)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        unrolled_update = pqn.make_pqn(config)[1]
-    plain = unrolled = state
+        vector_update = pqn.make_pqn(config)[1]
+    plain = vector = state
     for i in range(2):
-        (plain, expected), (unrolled, metrics) = jax.jit(update)(plain, i), jax.jit(unrolled_update)(unrolled, i)
+        (plain, expected), (vector, metrics) = jax.jit(update)(plain, i), jax.jit(vector_update)(vector, i)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), metrics, expected)
-    assert jax.tree.structure(unrolled) == jax.tree.structure(plain)
+    assert jax.tree.structure(vector) == jax.tree.structure(plain)
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
-    jax.tree.map(close, (unrolled.variables, unrolled.opt_state), (plain.variables, plain.opt_state))
+    jax.tree.map(close, (vector.variables, vector.opt_state), (plain.variables, plain.opt_state))
 
 
 def test_the_idiom_of_purejaxrl_and_later_edits_of_a_config():

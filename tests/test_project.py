@@ -44,7 +44,11 @@ def test_same_named_definitions_are_the_same(a, b):
 def test_gradient_steps_are_the_same():
     """Inside make_pqn, so that one script's tests of it stand for all."""
     texts = [(ROOT / f"{script}.py").read_text() for script in SCRIPTS]
-    for start, end in (("        norm = optax", "norm])\n"), ("        carry = state.variables", "\n")):
+    for start, end in (
+        ("        norm = optax", "norm])\n"),
+        ("    as_vector = ", "\n"),
+        ("        carry, unravel = ", "\n"),
+    ):
         assert len({text[(begin := text.index(start)) : text.index(end, begin)] for text in texts}) == 1, start
 
 
