@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import hydra
+import pandas as pd
 import pytest
 from conftest import ROOT, SCRIPTS
 from hydra.core.config_store import ConfigStore
@@ -70,6 +71,22 @@ def test_commands_of_the_pages_are_understood(script):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_results(page):
     assert tables.fill(page.read_text()) == page.read_text(), "run: python benchmarks/tables.py"
+
+
+def test_every_score_tells_how_it_was_made():
+    """Seeds, steps, script, commit and machine; the commit is that of the runs of this script and task."""
+    about = [OmegaConf.load(path).about for path in (ROOT / "results").glob("pqn_*/config.yaml")]
+    for path in (ROOT / "results").glob("**/scores.csv"):
+        table = pd.read_csv(path, dtype=str)
+        assert not table[["seeds", "steps", "script", "commit", "machine"]].isna().any(axis=None), path
+    for row in pd.read_csv(ROOT / "results/scores.csv", dtype=str).itertuples():
+        own = {run.commit for run in about if (run.script, run.task) == (row.script, row.task.split(", ")[0])}
+        assert {*row.commit.split(" and ")} <= own, row.task
+
+
+def test_results_are_small():
+    files = [path for path in (ROOT / "results").glob("**/*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25 * 2**20
 
 
 def test_the_readme_is_short():
