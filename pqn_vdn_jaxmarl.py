@@ -521,10 +521,10 @@ def run(config=None, **settings):
         while i < num_updates and not stop:
             state, metrics = update_seeds(state, i)
             jax.block_until_ready(pending[-1:])  # the update before: two at most are under way, a signal is soon heard
-            i, pending, stop = i + 1, [*pending, metrics], bool(signals)
+            i, pending, stop = i + 1, [*pending, jax.jit(jnp.stack)([*metrics.values()])], bool(signals)
             if i % (settings.LOG_INTERVAL or max(1, num_updates // 1000)) and i < num_updates and not stop:
                 continue
-            values, now, n = average(jax.device_get(pending)), time.time(), len(pending) * steps * num_seeds
+            values, now, n = average(metrics, jax.device_get(pending)), time.time(), len(pending) * steps * num_seeds
             row = {"seed": range(num_seeds), "update_steps": i, "env_step": i * steps, "time": np.float32(now - start)}
             row |= {"grad_steps": i * config.NUM_EPOCHS * config.NUM_MINIBATCHES, "sps": np.float32(n / (now - last))}
             rows.append(pd.DataFrame(row | values))
@@ -553,9 +553,9 @@ def run(config=None, **settings):
     return {"runner_state": state, "metrics": table, "score": score, "folder": folder}
 
 
-def average(updates):
+def average(names, updates):
     """What is logged of some updates, {name: [num_seeds]}: means without NaN (a NaN loss stays one), and the last test."""
-    tables = {name: pd.DataFrame(np.stack([metrics[name] for metrics in updates])) for name in updates[0]}
+    tables = dict(zip(names, map(pd.DataFrame, np.stack(updates, 1)), strict=True))  # one copy each: a GPU's are slow
     means = {name: table.mean(skipna=name != "td_loss").to_numpy() for name, table in tables.items()}
     return means | {name: x.ffill().to_numpy()[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
 

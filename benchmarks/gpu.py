@@ -5,13 +5,12 @@
     python benchmarks/gpu.py --fraction 1e-3 --out /tmp           # a trial of each, a thousandth of its steps, on any machine
 
 A row of results/gpu_<device>.csv for each run that has ended: seconds and steps_per_s, of training and evaluations without compilation, all
-seeds together; frames_per_hour, of Atari, four a step; peak_gib, of the device's memory; score, the mean of the last evaluation. A run of name
-..._while has XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE: the whole update is one CUDA graph. Runs are kept in runs/gpu.
+seeds together; frames_per_hour, of Atari, four a step; peak_gib, of the device's memory; score, the mean of the last evaluation. Runs are kept in
+runs/gpu.
 """
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,17 +22,12 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {  # name: (script, recipe, seeds, changes)
     "minatar": ("pqn_minatar", "pqn", 1, {}),
-    "minatar_while": ("pqn_minatar", "pqn", 1, {}),
     "minatar_10": ("pqn_minatar", "pqn", 10, {}),
-    "minatar_10_while": ("pqn_minatar", "pqn", 10, {}),
     "cartpole": ("pqn_gymnax", "pqn_cartpole", 1, {}),
-    "cartpole_while": ("pqn_gymnax", "pqn_cartpole", 1, {}),
     "cartpole_2000": ("pqn_gymnax", "pqn_cartpole", 2000, {}),
     "atari": ("pqn_atari_envpool", "pqn_atari", 1, {"TOTAL_TIMESTEPS": 1e6}),
     "atari_2": ("pqn_atari_envpool", "pqn_atari", 2, {"TOTAL_TIMESTEPS": 1e6}),
     "atari_4": ("pqn_atari_envpool", "pqn_atari", 4, {"TOTAL_TIMESTEPS": 1e6}),
-    "craftax": ("pqn_craftax_rnn", "pqn_craftax_rnn", 1, {"TOTAL_TIMESTEPS": 4e6}),
-    "craftax_feed_forward": ("pqn_craftax_rnn", "pqn_craftax", 1, {"TOTAL_TIMESTEPS": 4e6}),
     "smax": ("pqn_vdn_jaxmarl", "pqn_vdn_smax", 1, {"TOTAL_TIMESTEPS": 2e6}),
     "overcooked": ("pqn_vdn_jaxmarl", "pqn_vdn_overcooked", 1, {}),
 }
@@ -83,12 +77,9 @@ def main():
     end, left = time.time() + args.limit, []
     for name in args.runs:
         done = ROOT / f"runs/gpu/{name}_{args.fraction}.json"
-        flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer=+WHILE" * name.endswith("_while")
         command = [sys.executable, __file__, "--one", "--runs", name, "--fraction", str(args.fraction)]
         if not done.exists() and time.time() < end:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": flags}
-            )
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             try:
                 output, _ = process.communicate(timeout=end - time.time())
             except subprocess.TimeoutExpired:

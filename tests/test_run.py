@@ -131,7 +131,7 @@ LOOP = """
 import os, signal, threading, time
 import pqn_gymnax as pqn
 training, average = threading.Event(), pqn.average
-pqn.average = lambda updates: (training.set(), average(updates))[1]
+pqn.average = lambda *args: (training.set(), average(*args))[1]
 interrupt = lambda: (training.wait(), time.sleep(0.5), os.kill(os.getpid(), signal.{number}))
 threading.Thread(target=interrupt, daemon=True).start()
 for seed in range(2):
@@ -251,9 +251,9 @@ def test_checkpoints_are_half_a_minute_apart_without_an_interval(seconds, made, 
         saved.add(str(done))
         save(folder, checkpoints, state, rows, done)
 
-    def average(updates, average=script.average):
+    def average(*args, average=script.average):
         Time.now = seconds * (next(clock) + 1)
-        return average(updates)
+        return average(*args)
 
     for name, value in {"time": Time, "save": save, "average": average}.items():
         monkeypatch.setattr(script, name, value)
@@ -267,7 +267,7 @@ def test_a_logged_row_has_means_and_the_last_evaluation(script):
         {"returned_episode_returns": r, "td_loss": loss, "test/returned_episode_returns": test, "Achievements/eat": r}
         for r, loss, test in zip(([1, nan], [nan, nan]), ([1, nan], [3, 2]), ([5, 5], [nan, nan]), strict=True)
     ]
-    row = script.average([{key: np.float32(x) for key, x in update.items()} for update in updates])
+    row = script.average(updates[0], [np.float32([*update.values()]) for update in updates])
     for name in ("returned_episode_returns", "Achievements/eat"):  # where an episode ended
         np.testing.assert_array_equal(row[name], [1, nan])
     np.testing.assert_array_equal(row["td_loss"], [2, nan])  # a diverged update is not averaged away
