@@ -64,7 +64,7 @@ TASKS = {  # task: (their packages, script, recipe, changes of it), (our script,
         (JAXMARL, f"{QLEARNING}/pqn_vdn_rnn.py", f"{QLEARNING}/config/alg/pqn_vdn_rnn_smax.yaml", MAP),
         ("pqn_vdn_jaxmarl", "pqn_vdn_smax", MAP),
         1,
-        1e5,
+        2e5,
     ),
     "overcooked": (
         (
@@ -108,7 +108,8 @@ pqn = import_module(script)
 config = pqn.Config(**alg | {"TEST_DURING_TRAINING": False, "TEST_NUM_ENVS": 1, "TEST_NUM_STEPS": 1})
 settings = {"SAVE_PATH": tempfile.mkdtemp(), "COMPILATION_CACHE": None, "CHECKPOINT_INTERVAL": config.NUM_UPDATES}
 table = pqn.run(config, NUM_SEEDS=seeds, **settings)["metrics"]
-late = table[table.env_step > 0.9 * table.env_step.max()]
+known = table.dropna(subset="returned_episode_returns")  # all of Overcooked's episodes end at once, every 25 updates
+late = known[known.env_step > 0.9 * known.env_step.max()]
 print(json.dumps([float(table.time.max()), float(late.returned_episode_returns.mean())]))
 """
 
