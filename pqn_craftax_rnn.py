@@ -555,7 +555,7 @@ def run(config=None, **settings):
 
 def average(names, updates):
     """What is logged of some updates, {name: [num_seeds]}: means without NaN (a NaN loss stays one), and the last test."""
-    tables = dict(zip(names, map(pd.DataFrame, np.stack(updates, 1)), strict=True))  # one copy each: a GPU's are slow
+    tables = dict(zip(names, map(pd.DataFrame, np.stack(updates, 1)), strict=True))  # one array each: GPUs copy slowly
     means = {name: table.mean(skipna=name != "td_loss").to_numpy() for name, table in tables.items()}
     return means | {name: x.ffill().to_numpy()[-1] for name, x in tables.items() if name.startswith(("test/", "env_"))}
 
