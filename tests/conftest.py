@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ FLAGS = "--xla_backend_optimization_level=0"  # processes that learn for long ha
 FLAGS += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["COLUMNS"] = "200"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it: so would the commands
 SCRIPTS = sorted(path.stem for path in ROOT.glob("pqn_*.py"))
 TINY = {
     "NUM_ENVS": 4,
